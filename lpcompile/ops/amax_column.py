@@ -1,0 +1,60 @@
+"""The largest magnitude of every column: x[M, C] bf16 -> amax[C] fp32.
+
+An op of its own, so that it can move into the producer of x. NaN above Inf above all, as in
+``amax_tensor``. Of no rows it is 0.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.fp8 import abs_bits, amax_of_bits
+
+
+def outputs(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[1],), dtype=torch.float32)
+
+
+def reference(x: Tensor) -> Tensor:
+    if not x.shape[0]:
+        return x.new_zeros((x.shape[1],), dtype=torch.float32)
+    return x.abs().amax(0).float()
+
+
+@triton.jit
+def kernel(x_ptr, amax_ptr, M, C, stride_m, stride_c, ROWS, BM: tl.constexpr, BC: tl.constexpr):
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    start = tl.program_id(1) * ROWS
+    best = tl.zeros([BM, BC], tl.int32)
+    for i in range(0, ROWS, BM):
+        m = start + i + tl.arange(0, BM)
+        at = m[:, None].to(tl.int64) * stride_m + c[None, :].to(tl.int64) * stride_c
+        live = (m < M)[:, None] & (c < C)[None, :]
+        best = tl.maximum(best, abs_bits(tl.load(x_ptr + at, mask=live, other=0.0)))
+    amax = amax_of_bits(tl.max(best, axis=0))
+    tl.atomic_max(amax_ptr + c, amax.to(tl.int32, bitcast=True), mask=c < C, sem="relaxed")
+
+
+def launch(x: Tensor) -> Tensor:
+    M, C = x.shape
+    amax = torch.zeros((C,), dtype=torch.float32, device=x.device)
+    if M and C:
+        rows = 512
+        grid = (triton.cdiv(C, 128), triton.cdiv(M, rows))
+        bits = amax.view(torch.int32)
+        kernel[grid](x, bits, M, C, x.stride(0), x.stride(1), rows, 32, 128, num_warps=8)
+    return amax
+
+
+op = define("amax_column(Tensor x) -> Tensor", outputs=outputs, reference=reference, launch=launch)
+agrees = same_bits
+
+
+def samples(device: str) -> list[tuple[object, ...]]:
+    x = torch.randn(64, 96, device=device, dtype=torch.bfloat16)
+    bad = x.clone()
+    bad[3, 5], bad[4, 5], bad[60, 1] = torch.inf, torch.nan, -torch.inf
+    odd = torch.randn(777, 131, device=device, dtype=torch.bfloat16)
+    return [(x,), (x.t(),), (odd,), (odd[1:, 1:],), (x[:0],), (x[:1],), (x * 0,), (bad,)]

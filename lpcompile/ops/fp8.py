@@ -1,0 +1,89 @@
+"""What every FP8 quantizer shares: amax to scale, scale and clamp and cast, in torch and Triton.
+
+    scale = f32(max / max(f64(amax), 1e-12));  pow2: rounded down to a power of two
+    q     = element(clamp(x * scale, -max, max));  the scale kept is 1 / scale
+
+An amax that is NaN or Inf makes the scale NaN, and with it every value that shares the scale: a
+diverged run must show. The clamp keeps NaN (``tl.clamp`` and ``tl.maximum`` drop it), and comes
+before the cast because torch 2.11's casts do not saturate.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+TRITON = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
+
+
+def encode_scale(amax: Tensor, element: torch.dtype, pow2: bool) -> Tensor:
+    """amax[...] fp32 -> encode scale[...] fp32, NaN where amax is not finite."""
+    scale = (MAX[element] / amax.double().clamp(min=1e-12)).float()
+    if pow2:
+        scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return torch.where(amax.isfinite(), scale, torch.nan)
+
+
+def decode_scale(scale: Tensor) -> Tensor:
+    """The reciprocal of an encode scale, with one NaN on every device."""
+    return torch.where(scale.isnan(), torch.nan, 1 / scale)
+
+
+def cast(x: Tensor, scale: Tensor, element: torch.dtype) -> Tensor:
+    """x[...] times an encode scale that broadcasts, clamped and cast; NaN is the positive one."""
+    limit = MAX[element]
+    scaled = (x.float() * scale).clamp(-limit, limit)
+    return torch.where(scaled.isnan(), torch.nan, scaled).to(element)
+
+
+def pad_columns(values: Tensor, columns: int) -> Tensor:
+    """values[R, C] in a zeroed [R, columns], of the same bytes where the two are equal."""
+    if values.shape[1] == columns and values.numel():
+        return values.contiguous()
+    padded = values.new_zeros((values.shape[0], columns))
+    padded[:, : values.shape[1]] = values
+    return padded
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether the device of x converts to FP8 in Triton: capability 8.9 and up."""
+    return torch.cuda.get_device_capability(x.device) >= (8, 9)
+
+
+@triton.jit
+def abs_bits(x):
+    """|x| bf16 as int32 whose order is the magnitude's, with Inf above all and NaN above Inf."""
+    return (x.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32)
+
+
+@triton.jit
+def amax_of_bits(bits):
+    """An integer maximum of ``abs_bits`` as the fp32 it stands for."""
+    return (bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def encode(amax, LIMIT: tl.constexpr, POW2: tl.constexpr):
+    """``encode_scale``, in a kernel."""
+    # fp64 `/` is IEEE in Triton; fp32 `/` is div.full.f32 and is not (3.6, sm_90a).
+    wide = amax.to(tl.float64)
+    scale = (LIMIT / tl.where(wide > 1e-12, wide, 1e-12)).to(tl.float32)
+    if POW2:
+        scale = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    finite = amax.to(tl.int32, bitcast=True) < 0x7F800000
+    return tl.where(finite, scale, float("nan"))
+
+
+@triton.jit
+def decode(scale):
+    """The reciprocal of an encode scale, with the one NaN that torch writes."""
+    return tl.where(scale == scale, tl.div_rn(1.0, scale), float("nan"))
+
+
+@triton.jit
+def narrow(scaled, LIMIT: tl.constexpr, ELEMENT: tl.constexpr):
+    """The clamp and the cast of ``cast``, in a kernel: scaled fp32, NaN kept."""
+    v = tl.where(scaled > LIMIT, LIMIT, scaled)
+    v = tl.where(v < -LIMIT, -LIMIT, v)
+    return v.to(ELEMENT)

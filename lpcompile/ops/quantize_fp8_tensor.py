@@ -1,0 +1,97 @@
+"""Quantize to FP8 under one given amax: x[R, C] bf16 -> values[R, Cp] e4m3 or e5m2, scale[1].
+
+Cp is C rounded up to 16, and the padding is zero: FP8 GEMMs read rows that start at multiples of
+16 bytes. The amax comes from ``amax_tensor``. Arithmetic: ``lpcompile.ops.fp8``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lpcompile.ops import amax_tensor, fp8
+from lpcompile.ops.define import ALIGN, define, round_up, same_bits
+
+
+def outputs(x: Tensor, amax: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
+    values = x.new_empty((x.shape[0], round_up(x.shape[1], ALIGN)), dtype=element)
+    return values, x.new_empty((1,), dtype=torch.float32)
+
+
+def reference(x: Tensor, amax: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
+    scale = fp8.encode_scale(amax, element, pow2)
+    columns = round_up(x.shape[1], ALIGN)
+    return fp8.pad_columns(fp8.cast(x, scale, element), columns), fp8.decode_scale(scale)
+
+
+@triton.jit
+def kernel(
+    x_ptr,
+    amax_ptr,
+    values_ptr,
+    scale_ptr,
+    R,
+    C,
+    CP,
+    stride_r,
+    stride_c,
+    LIMIT: tl.constexpr,
+    POW2: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    scale = fp8.encode(tl.load(amax_ptr), LIMIT, POW2)
+    at = r[:, None].to(tl.int64) * stride_r + c[None, :].to(tl.int64) * stride_c
+    live = (r < R)[:, None] & (c < C)[None, :]
+    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    # Padding stays zero under a NaN scale too.
+    values = fp8.narrow(tl.where(live, x * scale, 0.0), LIMIT, ELEMENT)
+    out = r[:, None].to(tl.int64) * CP + c[None, :]
+    tl.store(values_ptr + out, values, mask=(r < R)[:, None] & (c < CP)[None, :])
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(scale_ptr, fp8.decode(scale))
+
+
+def launch(x: Tensor, amax: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
+    if not fp8.runs_triton(x) or not x.numel():
+        return reference(x, amax, element, pow2)
+    values, scale = outputs(x, amax, element, pow2)
+    (R, C), CP = x.shape, values.shape[1]
+    if x.stride(0) == 1 and x.stride(1) != 1:  # a transposed view: tiles, to read along columns
+        BR, BC = 64, 64
+    else:
+        BC = min(triton.next_power_of_2(CP), 1024)
+        BR = 4096 // BC
+    kernel[(triton.cdiv(CP, BC), triton.cdiv(R, BR))](
+        x, amax, values, scale, R, C, CP, *x.stride(),
+        fp8.MAX[element], pow2, fp8.TRITON[element], BR, BC, num_warps=4,
+    )  # fmt: skip
+    return values, scale
+
+
+op = define(
+    "quantize_fp8_tensor(Tensor x, Tensor amax, ScalarType element, bool pow2) -> (Tensor, Tensor)",
+    outputs=outputs,
+    reference=reference,
+    launch=launch,
+)
+agrees = same_bits
+
+
+def samples(device: str) -> list[tuple[object, ...]]:
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    x = torch.randn(64, 96, device=device, dtype=torch.bfloat16)
+    odd = torch.randn(37, 203, device=device, dtype=torch.bfloat16)
+    bad = x.clone()
+    bad[3, 5], bad[60, 1] = torch.inf, torch.nan
+    inputs = [x, x.t(), odd, odd[1:, 1:].t(), x[:0], x * 0, x * 1e-38, x * 1e36]
+    cases = [
+        (x, amax_tensor.reference(x), element, pow2)
+        for x in inputs
+        for element, pow2 in ((e4m3, False), (e5m2, False), (e4m3, True))
+    ]
+    nan, small = (torch.tensor([a], device=device) for a in (torch.nan, 0.25))
+    return [*cases, (bad, nan, e4m3, False), (odd, nan, e4m3, True), (odd, small, e5m2, False)]

@@ -1,0 +1,39 @@
+"""Quantize x.T to FP8 under one given amax: x[M, C] bf16 -> values[C, Mp] e4m3 or e5m2, scale[1].
+
+The twin of ``quantize_fp8_tensor`` for wgrad's operands and for dgrad's W. Mp is M rounded up to
+16, and the padding is zero. Its kernel is that of ``quantize_fp8_row_t``, with one amax.
+"""
+
+import torch
+from torch import Tensor
+
+from lpcompile.ops import fp8, quantize_fp8_row_t, quantize_fp8_tensor
+from lpcompile.ops.define import ALIGN, define, round_up, same_bits
+
+kernel = quantize_fp8_row_t.kernel
+samples = quantize_fp8_tensor.samples
+agrees = same_bits
+
+
+def outputs(x: Tensor, amax: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
+    values = x.new_empty((x.shape[1], round_up(x.shape[0], ALIGN)), dtype=element)
+    return values, x.new_empty((1,), dtype=torch.float32)
+
+
+def reference(x: Tensor, amax: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
+    return quantize_fp8_tensor.reference(x.t(), amax, element, pow2)
+
+
+def launch(x: Tensor, amax: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
+    if not fp8.runs_triton(x) or not x.numel():
+        return reference(x, amax, element, pow2)
+    return quantize_fp8_row_t.fill(x, amax, outputs(x, amax, element, pow2), element, pow2)
+
+
+op = define(
+    "quantize_fp8_tensor_t(Tensor x, Tensor amax, ScalarType element, bool pow2)"
+    " -> (Tensor, Tensor)",
+    outputs=outputs,
+    reference=reference,
+    launch=launch,
+)

@@ -1,0 +1,174 @@
+"""Multiply two quantized operands: a[M, K], b[N, K] -> [M, N], fp32 accumulation, one rounding.
+
+Both have the contraction last (NT), with the decode scales that their quantizers made; the shape
+of the scales says over what they reach: [1] the tensor, [R] a row, [R, K / 128] or
+[R / 128, K / 128] blocks. Scales multiply the fp32 accumulator; a tensor scale applied to a bf16
+result would be wrong.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from lpcompile.ops import (
+    amax_column,
+    amax_tensor,
+    quantize_fp8_block,
+    quantize_fp8_row,
+    quantize_fp8_row_t,
+    quantize_fp8_square,
+    quantize_fp8_tensor,
+)
+from lpcompile.ops.define import ALIGN, define, per_column, round_up
+
+BLOCK = quantize_fp8_block.BLOCK
+
+
+def outputs(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """values[R, K] times their decode scales, in ``dtype``."""
+    wide, scales = values.to(dtype), scales.to(dtype)
+    if scales.dim() == 1:
+        return wide * scales[:, None]  # [1] broadcasts
+    rows = 1 if scales.shape[0] == values.shape[0] else BLOCK
+    spread = scales.repeat_interleave(BLOCK, 1).repeat_interleave(rows, 0)
+    return wide * spread[: values.shape[0], : values.shape[1]]
+
+
+def exact(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    """The product of the dequantized operands in fp64, which every implementation must meet."""
+    return dequantize(a, a_scale, torch.float64) @ dequantize(b, b_scale, torch.float64).t()
+
+
+def reference(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    if a_scale.dim() == 2:
+        wide = dequantize(a, a_scale, torch.float32) @ dequantize(b, b_scale, torch.float32).t()
+    else:
+        wide = (a.float() @ b.float().t()) * a_scale[:, None] * b_scale
+    return wide.to(out_dtype)
+
+
+def launch(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    if not (a.shape[0] and b.shape[0] and a.shape[1]):
+        return a.new_zeros((a.shape[0], b.shape[0]), dtype=out_dtype)
+    capability = torch.cuda.get_device_capability(a.device)
+    if capability < (8, 9) or (a_scale.dim() == 2 and capability[0] != 9):
+        return reference(a, a_scale, b, b_scale, out_dtype, fast_accum)
+    N = b.shape[0]
+    if N % ALIGN:
+        b, b_scale = _pad_rows(b, b_scale)
+    if a_scale.numel() == 1 and a.shape[0] != 1:
+        made = _scaled_mm(a, a_scale, b, b_scale, out_dtype, fast_accum)
+    elif a_scale.dim() == 1:
+        rows = a_scale.expand(a.shape[0])[:, None], b_scale.expand(b.shape[0])[None, :]
+        made = _scaled_mm(a, rows[0], b, rows[1], torch.bfloat16, fast_accum)
+    else:
+        made = _scaled_mm(
+            a, _outer_major(a_scale), b, _outer_major(b_scale).t(), torch.bfloat16, fast_accum
+        )
+    return made[:, :N].to(out_dtype)
+
+
+def _scaled_mm(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool
+) -> Tensor:
+    # Row-wise CUTLASS and block-wise cuBLASLt write bf16 only (torch 2.11, sm_90).
+    return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast)
+
+
+def _outer_major(scales: Tensor) -> Tensor:
+    """The same scales with rows adjacent in memory, as cuBLASLt's block scaling reads them."""
+    return scales.t().contiguous().t()
+
+
+def _pad_rows(b: Tensor, b_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """b[N, K] with zero rows up to a multiple of 16, and its scales with it."""
+    N = b.shape[0]
+    extra = round_up(N, ALIGN) - N
+    b = torch.cat([b.view(torch.uint8), b.new_zeros((extra, b.shape[1])).view(torch.uint8)]).view(
+        b.dtype
+    )
+    if b_scale.shape[0] == N and N > 1 and not (b_scale.dim() == 2 and triton.cdiv(N, BLOCK) == N):
+        b_scale = torch.cat([b_scale, b_scale.new_ones((extra, *b_scale.shape[1:]))])
+    return b, b_scale
+
+
+op = define(
+    "scaled_mm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, ScalarType out_dtype,"
+    " bool fast_accum) -> Tensor",
+    outputs=outputs,
+    reference=reference,
+    launch=launch,
+    flops=lambda a, a_scale, b, b_scale, *args, **kwargs: 2 * a[0] * a[1] * b[0],
+)
+kernel = None  # cuBLASLt and CUTLASS, through aten
+agrees = per_column(0.01)
+
+
+def samples(device: str) -> list[tuple[object, ...]]:
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+    def randn(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
+
+    def tensor(x: Tensor, element: torch.dtype) -> tuple[Tensor, Tensor]:
+        return quantize_fp8_tensor.reference(x, amax_tensor.reference(x), element, False)
+
+    x, w, dy, odd = randn(48, 256), randn(64, 256), randn(48, 64), randn(37, 203)
+    row = quantize_fp8_row.reference
+    block, square = quantize_fp8_block.reference, quantize_fp8_square.reference
+    bad = x.clone()
+    bad[5, 7] = torch.inf
+    columns = quantize_fp8_row_t.reference(dy, amax_column.reference(dy), e4m3, True)
+    pairs = [
+        (tensor(x, e4m3), tensor(w, e4m3)),
+        (tensor(dy, e5m2), tensor(w.t(), e4m3)),
+        (row(x, e4m3, True), row(w, e4m3, True)),
+        (row(x[:1], e4m3, False), row(w, e4m3, False)),
+        (row(bad, e4m3, True), row(w, e4m3, True)),
+        (row(odd, e4m3, True), row(randn(21, 203), e4m3, True)),
+        (columns, row(x.t(), e4m3, True)),
+        (row(x[:0], e4m3, True), row(w, e4m3, True)),
+        (row(x[:, :0], e4m3, True), row(w[:, :0], e4m3, True)),
+        (block(x, e4m3, True), square(w, e4m3, True)),
+        (block(x, e4m3, True), block(w, e4m3, True)),
+        (block(odd, e4m3, True), square(randn(21, 203), e4m3, True)),
+        (block(randn(300, 384), e4m3, True), square(randn(260, 384), e4m3, True)),
+    ]
+    bf16 = [(*a, *b, torch.bfloat16, False) for a, b in pairs]
+    return [
+        *bf16,
+        (*pairs[0][0], *pairs[0][1], torch.float32, True),
+        (*bf16[2][:4], torch.float32, True),
+    ]

@@ -1,0 +1,62 @@
+"""What every op module keeps. A new op is covered by being listed in ``ops.ALL``."""
+
+import pytest
+import torch
+
+from lpcompile import ops
+
+NAMES = ("outputs", "reference", "kernel", "launch", "op", "samples", "agrees")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def short(module):
+    return module.__name__.rpartition(".")[2]
+
+
+CASES = [
+    pytest.param(module, i, id=f"{short(module)}-{i}")
+    for module in ops.ALL
+    for i in range(len(module.samples("cpu")))
+]
+
+
+def outputs_of(made):
+    return (made,) if isinstance(made, torch.Tensor) else tuple(made)
+
+
+@pytest.mark.parametrize("module", ops.ALL, ids=short)
+def test_an_op_module_has_the_seven_names(module):
+    assert [name for name in NAMES if not hasattr(module, name)] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("module", "i"), CASES)
+def test_the_kernel_agrees_with_the_reference(module, i):
+    torch.manual_seed(i)
+    args = module.samples("cuda")[i]
+    expected = getattr(module, "exact", module.reference)(*args)
+    assert module.agrees(module.op(*args), expected) == ""
+
+
+@pytest.mark.parametrize(
+    ("module", "i"), [case for case in CASES if hasattr(case.values[0], "exact")]
+)
+def test_the_reference_agrees_with_what_is_exact(module, i):
+    args = module.samples("cpu")[i]
+    assert module.agrees(module.op(*args), module.exact(*args)) == ""
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("module", "i"), CASES)
+def test_what_is_made_is_what_was_promised(module, i, device):
+    args = module.samples(device)[i]
+    promised, made = outputs_of(module.outputs(*args)), outputs_of(module.op(*args))
+    for p, m in zip(promised, made, strict=True):
+        assert (p.shape, p.dtype, p.stride()) == (m.shape, m.dtype, m.stride())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("module", ops.ALL, ids=short)
+def test_an_op_is_well_formed(module, device):
+    for args in module.samples(device)[:4]:
+        torch.library.opcheck(module.op, args)
