@@ -4,6 +4,8 @@ An op of its own, so that it can move into the producer of x. NaN above Inf abov
 ``amax_tensor``. Of no rows it is 0.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -52,7 +54,7 @@ op = define("amax_column(Tensor x) -> Tensor", outputs=outputs, reference=refere
 agrees = same_bits
 
 
-def samples(device: str) -> list[tuple[object, ...]]:
+def samples(device: str) -> list[tuple[Any, ...]]:
     x = torch.randn(64, 96, device=device, dtype=torch.bfloat16)
     bad = x.clone()
     bad[3, 5], bad[4, 5], bad[60, 1] = torch.inf, torch.nan, -torch.inf

@@ -4,6 +4,8 @@ NaN counts above Inf and Inf above all numbers, so that a non-finite element is 
 kernel takes an integer maximum over the absolute bits, which atomics can do too.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -52,7 +54,7 @@ op = define("amax_tensor(Tensor x) -> Tensor", outputs=outputs, reference=refere
 agrees = same_bits
 
 
-def samples(device: str) -> list[tuple[object, ...]]:
+def samples(device: str) -> list[tuple[Any, ...]]:
     x = torch.randn(64, 96, device=device, dtype=torch.bfloat16)
     bad = x.clone()
     bad[3, 5] = torch.inf

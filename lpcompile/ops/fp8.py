@@ -39,8 +39,8 @@ def cast(x: Tensor, scale: Tensor, element: torch.dtype) -> Tensor:
 
 def pad_columns(values: Tensor, columns: int) -> Tensor:
     """values[R, C] in a zeroed [R, columns], of the same bytes where the two are equal."""
-    if values.shape[1] == columns and values.numel():
-        return values.contiguous()
+    if values.shape[1] == columns:
+        return values.clone(memory_format=torch.contiguous_format)
     padded = values.new_zeros((values.shape[0], columns))
     padded[:, : values.shape[1]] = values
     return padded

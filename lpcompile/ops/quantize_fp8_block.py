@@ -5,6 +5,8 @@ Cp is C rounded up to 16, and the padding is zero; a last block may be short. Ar
 The kernel serves the four block quantizers: strides say what is transposed, SQUARE what shares.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -106,7 +108,7 @@ op = define(
 agrees = same_bits
 
 
-def samples(device: str) -> list[tuple[object, ...]]:
+def samples(device: str) -> list[tuple[Any, ...]]:
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
     large = torch.randn(256, 384, device=device, dtype=torch.bfloat16)
     inputs = [large, large.t(), large * 1e-38, large * 1e36]

@@ -4,6 +4,8 @@ Cp is C rounded up to 16, and the padding is zero. Arithmetic: ``lpcompile.ops.f
 32768 elements stay in registers, so that x is read once.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -101,7 +103,7 @@ op = define(
 agrees = same_bits
 
 
-def samples(device: str) -> list[tuple[object, ...]]:
+def samples(device: str) -> list[tuple[Any, ...]]:
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
     x = torch.randn(64, 96, device=device, dtype=torch.bfloat16)
     odd = torch.randn(37, 203, device=device, dtype=torch.bfloat16)

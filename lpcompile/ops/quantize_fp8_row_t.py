@@ -4,6 +4,8 @@ What wgrad needs of dY and X, and dgrad of W. The amax of each column comes from
 Mp is M rounded up to 16, and the padding is zero. Arithmetic: ``lpcompile.ops.fp8``.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -86,7 +88,7 @@ op = define(
 agrees = same_bits
 
 
-def samples(device: str) -> list[tuple[object, ...]]:
+def samples(device: str) -> list[tuple[Any, ...]]:
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
     return [
         (x, amax, element, pow2)

@@ -6,6 +6,8 @@ of the scales says over what they reach: [1] the tensor, [R] a row, [R, K / 128]
 result would be wrong.
 """
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -136,7 +138,7 @@ kernel = None  # cuBLASLt and CUTLASS, through aten
 agrees = per_column(0.01)
 
 
-def samples(device: str) -> list[tuple[object, ...]]:
+def samples(device: str) -> list[tuple[Any, ...]]:
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
 
     def randn(rows: int, columns: int) -> Tensor:

@@ -52,7 +52,8 @@ def test_what_is_made_is_what_was_promised(module, i, device):
     args = module.samples(device)[i]
     promised, made = outputs_of(module.outputs(*args)), outputs_of(module.op(*args))
     for p, m in zip(promised, made, strict=True):
-        assert (p.shape, p.dtype, p.stride()) == (m.shape, m.dtype, m.stride())
+        assert (p.shape, p.dtype) == (m.shape, m.dtype)
+        assert p.stride() == m.stride() or not p.numel()
 
 
 @pytest.mark.parametrize("device", DEVICES)
