@@ -2,7 +2,10 @@
 
 from lpcompile.errors import LowPrecisionError, LowPrecisionWarning
 from lpcompile.formats import FORMATS, Format
+from lpcompile.functional import linear
+from lpcompile.options import Options, Rule, set_defaults
 from lpcompile.recipes import RECIPES, Gemm, Operand, Recipe
+from lpcompile.report import Report, Row
 
 __all__ = [
     "FORMATS",
@@ -12,5 +15,11 @@ __all__ = [
     "LowPrecisionError",
     "LowPrecisionWarning",
     "Operand",
+    "Options",
     "Recipe",
+    "Report",
+    "Row",
+    "Rule",
+    "linear",
+    "set_defaults",
 ]

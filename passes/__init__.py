@@ -1,4 +1,8 @@
 """Graph passes, in the order they run. Imported as lpcompile.passes."""
 
+from lpcompile.passes import deduplicate, linear
+
+__all__ = ["deduplicate", "linear"]
+
 if __name__ != "lpcompile.passes":
     raise ImportError("import lpcompile.passes, not passes: a second copy would register twice")

@@ -1,0 +1,100 @@
+"""``torch.compile(model, backend="lowprec")``: Inductor, with lpcompile's passes in it.
+
+Found by the entry points of this package, so that nothing need be imported. It is not registered
+by ``register_backend`` too: that fails with "duplicate name" when the package was not imported
+first (torch 2.11 and 2.13).
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._dynamo.backends.common import make_boxed_func  # noqa: F401
+
+from lpcompile.graph import Leaves
+from lpcompile.options import Options, parse
+from lpcompile.pipeline import Compile, JointPass, graph_key
+from lpcompile.report import summarize
+
+log = logging.getLogger("lpcompile")
+
+
+def lowprec(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with its linears in low precision; see ``lpcompile.Options``.
+
+    ``mode`` is Inductor's; ``options`` takes lpcompile's and Inductor's keys side by side.
+    """
+    return compile_graph(gm, example_inputs, parse(options, mode))
+
+
+def lowprec_eager(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """``lowprec`` with ``codegen="eager"``: the rewritten graphs, run op by op."""
+    return compile_graph(gm, example_inputs, replace(parse(options, mode), codegen="eager"))
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> Callable[..., Any]:
+    """Run AOTAutograd, the passes and the code generation that ``options`` names."""
+    leaves = Leaves.of(gm, example_inputs)
+    compile = Compile(options, leaves, graph_key(gm, leaves))
+    patches: dict[str, Any] = {**dict(options.inductor), "joint_custom_pre_pass": JointPass(compile)}
+    inner = compile_fx_inner
+    if options.codegen == "eager":
+        inner = run_op_by_op
+        patches["force_disable_caches"] = True  # there is no artifact to cache
+    with functorch_config.patch(_for_memory_budget()):
+        compiled = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)
+    announce(compile)
+    return compiled
+
+
+def run_op_by_op(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """An inner compiler that runs a partitioned graph as it is."""
+
+    def run(args: list[Any]) -> Any:
+        given = list(args)
+        args.clear()  # boxed: the graph alone keeps its inputs alive
+        return gm(*given)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def announce(compile: Compile) -> None:
+    """One log line per graph; a WARNING where nothing was rewritten and something was asked for."""
+    if not compile.has_run:
+        log.info("lpcompile: from cache")
+        return
+    for pattern in compile.unmatched:
+        log.warning("lpcompile: rule %r matched no GEMM of this graph", pattern)
+    rows, label = compile.rows, compile.options.label
+    asked = label != "bf16" or compile.options.rules
+    nothing = asked and not any(row.rewritten for row in rows)
+    level = logging.WARNING if nothing else logging.INFO
+    log.log(level, "lpcompile: %s: %s", label, summarize(rows))
+
+
+def _for_memory_budget() -> dict[str, Any]:
+    """AOT's activation memory budget counts only built-in ops unless told to count all.
+
+    Without this every op of ours is recomputed under a budget below 1 (torch 2.11 to 2.13).
+    """
+    return {"is_non_builtin_to_include": functorch_config.activation_memory_budget < 1}

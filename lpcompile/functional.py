@@ -1,0 +1,63 @@
+"""Eager low-precision linears over ``lpcompile.gemm``: for use without a compiler, and the oracle.
+
+    linear(x[..., K], w[N, K], bias[N]) -> y[..., N], every product as the recipe says
+
+The compiled path traces the same ``gemm.mm``, so per linear, on the same x, it gives these bits.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from lpcompile import gemm
+from lpcompile.errors import ShapeError
+from lpcompile.recipes import DEFAULT, Gemm, Recipe, get_recipe
+
+
+def product(
+    a: Tensor, b: Tensor, how: Gemm | None, *, transpose: tuple[bool, bool] = (False, False)
+) -> Tensor:
+    """a[M, K] @ b[N, K].T, or with either given transposed, narrowed or (None) in its own dtype."""
+    if how is not None:
+        return gemm.mm(a, b, how, transpose=transpose)
+    return (a.t() if transpose[0] else a) @ (b if transpose[1] else b.t())
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, w: Tensor, recipe: Recipe) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.recipe = recipe  # type: ignore[attr-defined]
+        return product(x, w, recipe.fprop)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, w = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = product(dy, w, ctx.recipe.dgrad, transpose=(False, True))
+        if ctx.needs_input_grad[1]:
+            dw = product(dy, x, ctx.recipe.wgrad, transpose=(True, True))
+        return dx, dw, None
+
+
+def linear(
+    x: Tensor, w: Tensor, bias: Tensor | None = None, *, recipe: Recipe | str = DEFAULT
+) -> Tensor:
+    """``F.linear`` with each of its three GEMMs as ``recipe`` says, eager and differentiable.
+
+    x[..., K] and w[N, K] bf16, bias[N] -> [..., N] bf16. ShapeError for other dtypes or shapes.
+    """
+    if x.dtype != torch.bfloat16 or w.dtype != torch.bfloat16:
+        raise ShapeError(
+            f"linear narrows bf16 operands, got x {x.dtype} and w {w.dtype}: cast both to bf16"
+        )
+    if w.dim() != 2 or x.dim() < 1 or x.shape[-1] != w.shape[-1]:
+        raise ShapeError(
+            f"linear takes x[..., K] and w[N, K], got {list(x.shape)} and {list(w.shape)}"
+        )
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), w, get_recipe(recipe))
+    y = y.view(*x.shape[:-1], w.shape[0])
+    return y if bias is None else y + bias

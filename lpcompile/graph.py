@@ -1,0 +1,255 @@
+"""Reading and writing joint graphs: who is a weight, who a gradient, and new nodes in place.
+
+In the joint graph of AOTAutograd (torch 2.11 to 2.13) a placeholder's ``meta["desc"]`` says which
+input of the Dynamo graph it came from, every forward node and the backward nodes of it share
+``meta["seq_nr"]``, and the module path stands in ``nn_module_stack`` (forward) or
+``fwd_nn_module_stack`` (backward).
+"""
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
+CASTS = {aten._to_copy.default, prims.convert_element_type.default}
+# The same elements in another shape, so that identity is kept through them.
+VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.clone.default,
+    aten.expand.default,
+}
+
+# What a new node takes over from the GEMM that it replaces: the placement, a user's checkpoint
+# policy, and where it came from.
+META = (
+    "recompute",
+    "ac_graph_id",
+    "seq_nr",
+    "partitioner_tag",
+    "autograd_backward",
+    "nn_module_stack",
+    "fwd_nn_module_stack",
+    "stack_trace",
+    "custom",
+)
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """Which inputs of the Dynamo graph, by index, are parameters and which buffers."""
+
+    parameters: frozenset[int]
+    buffers: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, example_inputs: Iterable[Any]) -> "Leaves":
+        """Read off a Dynamo graph and its example inputs.
+
+        With no Parameter among them, as under functional_call, matrices that require grad are
+        taken for parameters.
+        """
+        inputs = list(example_inputs)
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        parameters = {i for i, x in enumerate(inputs) if isinstance(x, torch.nn.Parameter)}
+        if not parameters:
+            parameters = {
+                i
+                for i, x in enumerate(inputs)
+                if isinstance(x, torch.Tensor) and x.requires_grad and x.dim() in (2, 3)
+            }
+        buffers = {
+            i
+            for i, n in enumerate(placeholders)
+            if "_dynamo_static_input_type" in n.meta.get("tensor_dict", {}) and i not in parameters
+        }
+        return cls(frozenset(parameters), frozenset(buffers))
+
+
+class Flow:
+    """What every node of a graph depends on: a tangent, parameters alone, neither."""
+
+    def __init__(self, graph: fx.Graph, leaves: Leaves) -> None:
+        self.gradients: set[fx.Node] = set()
+        self.weights: set[fx.Node] = set()
+        constants: set[fx.Node] = set()  # of buffers and nothing else, so they decide nothing
+        for node in graph.nodes:
+            inputs = node.all_input_nodes
+            if node.op == "placeholder":
+                index = input_index(node)
+                if is_tangent(node):
+                    self.gradients.add(node)
+                elif index in leaves.parameters:
+                    self.weights.add(node)
+                elif index in leaves.buffers:
+                    constants.add(node)
+            elif any(i in self.gradients for i in inputs):
+                self.gradients.add(node)
+            elif all(i in self.weights or i in constants for i in inputs):
+                of_weights = any(i in self.weights for i in inputs)
+                (self.weights if of_weights else constants).add(node)
+
+
+def input_index(placeholder: fx.Node) -> int | None:
+    """The index, among the inputs of the Dynamo graph, of what this placeholder is (part) of."""
+    desc = placeholder.meta.get("desc")
+    while desc is not None and hasattr(desc, "base"):
+        desc = desc.base
+    return getattr(desc, "idx", None)
+
+
+def is_tangent(placeholder: fx.Node) -> bool:
+    """Whether a placeholder is a gradient that comes in."""
+    desc = placeholder.meta.get("desc")
+    while desc is not None and hasattr(desc, "base"):
+        desc = desc.base
+    return type(desc).__name__ == "TangentAOTInput" or (
+        desc is None and "tangents" in str(placeholder.target)
+    )
+
+
+def swaps_last_two(node: fx.Node) -> bool:
+    """Whether a node only exchanges the last two dimensions of its input."""
+    if node.op != "call_function" or node.target not in TRANSPOSES:
+        return False
+    dim = len(shape(node))
+    if node.target is aten.t.default:
+        return dim == 2
+    if node.target is aten.transpose.int:
+        return {d % dim for d in node.args[1:3]} == {dim - 2, dim - 1}  # type: ignore[operator,union-attr]
+    order = [d % dim for d in node.args[1]]  # type: ignore[union-attr]
+    return order == [*range(dim - 2), dim - 1, dim - 2]
+
+
+def peel(node: fx.Node) -> tuple[fx.Node, bool]:
+    """The node under transposes of the last two dimensions, and whether they leave one."""
+    transposed = False
+    while swaps_last_two(node):
+        node, transposed = node.all_input_nodes[0], not transposed
+    return node, transposed
+
+
+def base(node: fx.Node) -> fx.Node:
+    """The node under views, transposes and copies: the same elements."""
+    while node.op == "call_function" and (node.target in VIEWS or node.target in TRANSPOSES):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def root(node: fx.Node) -> fx.Node:
+    """The node under views, transposes, copies and casts."""
+    while node.op == "call_function" and (
+        node.target in VIEWS or node.target in TRANSPOSES or node.target in CASTS
+    ):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def value(node: fx.Node) -> torch.Tensor:
+    """The fake tensor that a node makes."""
+    return node.meta["val"]
+
+
+def shape(node: fx.Node) -> tuple[Any, ...]:
+    """The shape of what a node makes; sizes may be symbolic."""
+    return tuple(value(node).shape)
+
+
+def hint(size: Any) -> int | None:
+    """A size as a number: the hint of a symbolic one, None for an unbacked one. Adds no guard."""
+    if isinstance(size, int):
+        return size
+    return size.node.hint if size.node.has_hint() else None
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module that a node is from, without wrappers; empty for the root."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    return clean_path(list(stack.values())[-1][0]) if stack else ""
+
+
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def clean_path(path: str) -> str:
+    """``L['self']._modules['layers'].0._orig_mod.w`` -> ``layers.0.w``."""
+    path = re.sub(r"^L\['[^']*'\]", "", path)
+    path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
+    parts = [p for p in path.split(".") if p and p != "_modules"]
+    return ".".join(p for p in parts if p not in _WRAPPERS)
+
+
+def meta_of(node: fx.Node, **changed: Any) -> dict[str, Any]:
+    """The part of a node's meta that its replacement takes over, with changes."""
+    kept = {k: node.meta[k] for k in META if k in node.meta}
+    return {**kept, **changed}
+
+
+class _Emitter(fx.proxy.GraphAppendingTracer):
+    """Records calls as nodes that have a fake value and the meta of what they replace."""
+
+    def __init__(self, graph: fx.Graph, meta: dict[str, Any], fake_mode: Any) -> None:
+        super().__init__(graph)
+        self.meta, self.fake_mode = meta, fake_mode
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta = dict(self.meta)
+        with self.fake_mode:
+            given = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            node.meta["val"] = node.target(*given[0], **given[1])  # type: ignore[operator]
+        return node
+
+
+def emit(before: fx.Node, call: Callable[..., Any], *args: Any, meta: dict[str, Any]) -> Any:
+    """Trace ``call`` into the graph in front of a node: nodes in, nodes out."""
+    graph, fake_mode = before.graph, value(before).fake_mode  # type: ignore[attr-defined]
+    tracer = _Emitter(graph, meta, fake_mode)
+    with graph.inserting_before(before):
+        proxies = map_arg(args, lambda n: fx.Proxy(n, tracer))
+        return _nodes(call(*proxies))
+
+
+def _nodes(made: Any) -> Any:
+    if isinstance(made, fx.Proxy):
+        return made.node
+    if isinstance(made, tuple) and hasattr(made, "_fields"):
+        return type(made)(*map(_nodes, made))
+    return type(made)(map(_nodes, made)) if isinstance(made, (tuple, list)) else made
+
+
+def calls(graph: fx.Graph, targets: Iterable[Any]) -> Iterator[fx.Node]:
+    """The calls of any of the targets, in graph order."""
+    wanted = set(targets)
+    return (n for n in graph.nodes if n.op == "call_function" and n.target in wanted)
+
+
+def users_through(node: fx.Node, targets: set[Any]) -> Iterator[fx.Node]:
+    """Users of a node, looking through calls of ``targets`` and tuple items."""
+    for user in node.users:
+        if user.op == "call_function" and (
+            user.target in targets or user.target is operator.getitem
+        ):
+            yield from users_through(user, targets)
+        else:
+            yield user
+
+
+def is_own(node: fx.Node) -> bool:
+    """Whether a node calls one of lpcompile's ops."""
+    return node.op == "call_function" and getattr(node.target, "namespace", "") == "lpcompile"

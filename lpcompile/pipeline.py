@@ -1,0 +1,123 @@
+"""The passes of one compiled graph in order, each named, counted, checked and dumped.
+
+    joint graph      find the GEMMs, choose their recipes, rewrite linears; in inference, merge
+    after the cut    what is chosen when it is known what runs in one graph (post-grad)
+
+On a hit of Inductor's cache no pass runs, so nothing may rely on its having run.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import lpcompile
+from lpcompile import structure
+from lpcompile.graph import Flow, Leaves
+from lpcompile.options import Options
+from lpcompile.passes import deduplicate, linear
+from lpcompile.report import Row
+from lpcompile.select import Choice, Selection
+from lpcompile.sites import Site, find
+
+log = logging.getLogger("lpcompile")
+
+
+@dataclass
+class Compile:
+    """One call of the backend: its options, what its inputs are, and what the passes found."""
+
+    options: Options
+    leaves: Leaves
+    key: str  # of the Dynamo graph: see ``graph_key``
+    rows: list[Row] = field(default_factory=list)
+    has_run: bool = False
+    unmatched: tuple[str, ...] = ()  # patterns of rules that matched no GEMM of this graph
+
+
+class JointPass(CustomGraphPass):  # type: ignore[misc]
+    """Every pass on the joint graph, or on a forward without a backward."""
+
+    def __init__(self, compile: Compile) -> None:
+        self.compile = compile
+
+    def __call__(self, graph: fx.Graph) -> None:
+        compile = self.compile
+        compile.has_run = True
+        flow = Flow(graph, compile.leaves)
+        sites = find(graph, flow)
+        choices = _choose(graph, sites, compile)
+        compile.rows += [_row(site, choice) for site, choice in choices]
+        steps: list[tuple[str, Callable[[], int]]] = [
+            ("linear", partial(linear.rewrite, choices)),
+        ]
+        if not flow.gradients:
+            steps.append(("deduplicate", partial(deduplicate.run, graph)))
+        for name, step in steps:
+            count = step()
+            graph.eliminate_dead_code()
+            graph.lint()
+            log.debug("pass %s: %d", name, count)
+
+    def uuid(self) -> str:
+        return f"{self.compile.key} {self.compile.options!r} {sources()}"
+
+
+def _choose(graph: fx.Graph, sites: list[Site], compile: Compile) -> list[tuple[Site, Choice]]:
+    paths = {site.module for site in sites}
+    selection = Selection(compile.options, structure.find(graph, sites), paths)
+    choices = [(site, selection.choose(site)) for site in sites]
+    compile.unmatched = tuple(
+        rule.pattern for rule in compile.options.rules if rule not in selection.matched
+    )
+    return choices
+
+
+def _row(site: Site, choice: Choice) -> Row:
+    return Row(
+        site.module,
+        site.product,
+        site.m,
+        site.n,
+        site.k,
+        site.num_groups,
+        choice.label if choice.gemm else "bf16",
+        choice.gemm is not None,
+        choice.reason,
+    )
+
+
+def graph_key(gm: fx.GraphModule, leaves: Leaves) -> str:
+    """A digest of what steers the passes and is not in torch's cache key.
+
+    ``torch.fx.traceback.annotate`` and module paths are not (torch 2.11 and 2.13): with a constant
+    uuid an annotated graph takes the entry of the graph without.
+    """
+    digest = hashlib.sha256(repr(sorted(leaves.parameters)).encode())
+    digest.update(repr(sorted(leaves.buffers)).encode())
+    for node in gm.graph.nodes:
+        said = (node.meta.get("custom") or {}).get("lowprec")
+        stack = node.meta.get("nn_module_stack") or {}
+        path = list(stack.values())[-1][0] if stack else ""
+        digest.update(f"{node.name} {said!r} {path}\n".encode())
+    return digest.hexdigest()
+
+
+@cache
+def sources() -> str:
+    """A digest of lpcompile's source files: a changed source must miss the cache."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    folder = Path(lpcompile.__file__).parent
+    for path in sorted(p for d in ("", "passes", "lowerings", "ops", "moe") for p in (folder / d).glob("*.py")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+

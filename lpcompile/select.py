@@ -1,0 +1,160 @@
+"""Which recipe a GEMM gets, and why: annotation, then rules, then structure, then the cost model.
+
+Nothing here looks at the machine that runs: every rank, and a report made elsewhere, decides alike.
+"""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import ceil
+
+import torch
+from torch import fx
+
+from lpcompile import cost
+from lpcompile.errors import RecipeError, StrictError
+from lpcompile.graph import value
+from lpcompile.options import Options, Rule
+from lpcompile.recipes import BF16, Gemm, Recipe, get_recipe, name_of
+from lpcompile.sites import Site
+
+SMALLEST = 16  # a GEMM with fewer rows, columns or contracted elements is not worth a quantize
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The Gemm that a site gets, or None, with the recipe's label and the reason."""
+
+    label: str
+    gemm: Gemm | None
+    reason: str
+
+
+class Selection:
+    """The choices of one graph. Remembers which rules matched."""
+
+    def __init__(self, options: Options, structural: dict[fx.Node, str], paths: set[str]) -> None:
+        self.options, self.structural = options, structural
+        self.matched: set[Rule] = set()
+        self.depth = _Depth(paths)
+
+    def choose(self, site: Site) -> Choice:
+        """What this GEMM becomes. StrictError where ``strict`` asks for it."""
+        recipe, label, named, why = self._recipe_of(site)
+        if site.num_groups > 1 and recipe.grouped is not None:
+            recipe = recipe.grouped
+        if recipe.is_bf16:
+            return Choice("bf16", None, why)
+        structural = self.structural.get((site.forward or site).node)
+        if structural and not named:
+            return Choice("bf16", None, structural)
+        gemm = recipe.gemm(site.product)
+        if gemm is None:
+            return Choice("bf16", None, f"{label} leaves {site.product} in bf16")
+        obstacle = site.obstacle or _dtype_obstacle(site) or _size_obstacle(site)
+        if obstacle:
+            if self.options.strict and site.is_linear:
+                raise StrictError(
+                    f"{site.product} of {site.module or 'the root module'} is to be {label} "
+                    f"({why}), and cannot be: {obstacle}. Change that, give it a rule "
+                    f"Rule({site.module!r}, 'bf16'), or leave out strict"
+                )
+            return Choice("bf16", None, obstacle)
+        return self._profitable(site, recipe, label, gemm, why)
+
+    def _profitable(
+        self, site: Site, recipe: Recipe, label: str, gemm: Gemm, why: str
+    ) -> Choice:
+        sizes = (site.m, site.n, site.k)
+        if self.options.rewrite == "all" or None in sizes:
+            return Choice(label, gemm, why)
+        target = self.options.target_of(recipe)
+        m, n, k = (s for s in sizes if s is not None)
+        estimate = cost.gain(
+            site.product, gemm, m, n, k, cost.DEVICES[target], num_groups=site.num_groups
+        )
+        times = f"{estimate.bf16_us:.0f} us in bf16, {estimate.lowprec_us:.0f} us in {label}"
+        if not estimate.profitable:
+            return Choice("bf16", None, f"unprofitable on {target}")
+        return Choice(label, gemm, f"{why}; {times} on {target}" if why else times)
+
+    def _recipe_of(self, site: Site) -> tuple[Recipe, str, bool, str]:
+        """The recipe, its label, whether something names this module, and what does."""
+        asked = annotation(site.node) or (site.forward and annotation(site.forward.node))
+        if asked is not None and asked != "":
+            recipe = BF16 if asked in ("bf16", "skip") else get_recipe(asked)
+            label = asked if isinstance(asked, str) else name_of(recipe)
+            return recipe, label, True, f"annotated {label}"
+        for rule in self.options.rules:
+            if self.depth.admits(rule, site.module):
+                self.matched.add(rule)
+                named = not rule.is_catch_all
+                return get_recipe(rule.recipe), rule.label, named, f"rule {rule.pattern!r}"
+        recipe = get_recipe(self.options.recipe)
+        return recipe, self.options.label, False, "recipe bf16" if recipe.is_bf16 else ""
+
+
+def annotation(node: fx.Node) -> str | Recipe | None:
+    """What ``torch.fx.traceback.annotate({"lowprec": ...})`` says of a node."""
+    said = (node.meta.get("custom") or {}).get("lowprec")
+    if said is not None and not isinstance(said, (str, Recipe)):
+        raise RecipeError(
+            f"annotate({{'lowprec': ...}}) takes a recipe or its name, got {said!r}"
+        )
+    return said
+
+
+class _Depth:
+    """Which block of the model a path is in: the first number in it, of how many there are."""
+
+    def __init__(self, paths: set[str]) -> None:
+        self.count: dict[str, int] = {}
+        for path in paths:
+            stem, index = _block(path)
+            if index is not None:
+                self.count[stem] = max(self.count.get(stem, 0), index + 1)
+
+    def admits(self, rule: Rule, path: str) -> bool:
+        """Whether a rule matches a path, its first and last counted in blocks."""
+        if not fnmatchcase(path, rule.pattern):
+            return False
+        if rule.first is None and rule.last is None:
+            return True
+        stem, index = _block(path)
+        if index is None:
+            return False
+        total = self.count[stem]
+        if rule.first is not None:
+            return index < blocks(rule.first, total)
+        return index >= total - blocks(rule.last or 0, total)
+
+
+def blocks(amount: float, total: int) -> int:
+    """A count, or a share of ``total`` rounded up, as a number of blocks."""
+    return min(total, ceil(amount * total - 1e-9) if isinstance(amount, float) else int(amount))
+
+
+def _block(path: str) -> tuple[str, int | None]:
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[:i]), int(part)
+    return path, None
+
+
+def _dtype_obstacle(site: Site) -> str:
+    dtypes = {value(site.lhs).dtype, value(site.rhs).dtype}
+    if dtypes == {torch.bfloat16}:
+        return ""
+    names = " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+    device = value(site.node).device.type
+    return (
+        f"its operands are {names}: convert the model to bfloat16, or run it under "
+        f"torch.autocast({device!r}, torch.bfloat16)"
+    )
+
+
+def _size_obstacle(site: Site) -> str:
+    for letter, size in (("n", site.n), ("k", site.k)):
+        if size is not None and size < SMALLEST:
+            return f"{letter}={size} is below {SMALLEST}"
+    return ""

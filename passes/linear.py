@@ -1,0 +1,133 @@
+"""Rewrite the GEMMs of bf16 linears: mm(a, b) becomes scaled_mm(quantize(a), quantize(b.T)).
+
+Runs on AOTAutograd's joint graph, before the partitioner, so that what is quantized in the forward
+can be saved so. Pre-grad rewriting was tried and lost: it meets 11 spellings of a linear, breaks a
+user's selective checkpointing and fails under DTensor. Post-grad cannot change what is saved.
+
+Where the new nodes run:
+
+- The weight is quantized in the forward for fprop and again in the backward for dgrad, never
+  saved: its quantize is ``must_be_in_backward``, and the cast of a master weight is recomputed.
+- X for wgrad is left to the partitioner, which saves the narrow copy because it is smaller. In a
+  checkpointed region it is quantized in the backward, from what the user's policy gives there.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from lpcompile import gemm
+from lpcompile.graph import (
+    CASTS,
+    TRANSPOSES,
+    aten,
+    emit,
+    meta_of,
+    peel,
+    shape,
+    users_through,
+    value,
+)
+from lpcompile.recipes import Gemm
+from lpcompile.select import Choice
+from lpcompile.sites import Site, operands
+
+BACKWARD = "must_be_in_backward"
+
+
+def rewrite(choices: list[tuple[Site, Choice]]) -> int:
+    """Rewrite every site that has a Gemm, and return how many."""
+    chosen = [(site, choice.gemm) for site, choice in choices if choice.gemm is not None]
+    for site, how in chosen:
+        _rewrite(site, how)
+    return len(chosen)
+
+
+def _rewrite(site: Site, how: Gemm) -> None:
+    node = site.node
+    out_dtype, cast = _out_dtype(site)
+    roles = (how.lhs, how.rhs) if site.lhs_is_first else (how.rhs, how.lhs)
+    quantized = []
+    # Read from the node: an earlier rewrite may have replaced what the site was found with.
+    for side, (operand, how_operand) in enumerate(zip(operands(node), roles, strict=True)):
+        is_second = (side == 1) == site.lhs_is_first  # W, W and X in fprop, dgrad and wgrad
+        meta = _quantize_meta(site, operand, is_second)
+        x, transposed = peel(_matrix(node, operand))
+        quantize = partial(
+            gemm.quantize, operand=how_operand, transpose=transposed != (side == 1)
+        )
+        quantized.append(emit(node, quantize, x, meta=meta))
+    multiply = partial(gemm.multiply, out_dtype=out_dtype, fast_accum=how.fast_accum)
+    made = emit(node, multiply, *quantized, meta=meta_of(node))
+    if node.target is aten.addmm.default:
+        made = emit(node, aten.add.Tensor, made, node.args[0], meta=meta_of(node))
+    if node.target is aten.bmm.default:
+        made = emit(node, aten.unsqueeze.default, made, 0, meta=meta_of(node))
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+    if cast is not None:
+        _fold(cast, made)
+
+
+def _matrix(before: fx.Node, operand: fx.Node) -> fx.Node:
+    """A 2-d operand: itself, or the one matrix of a batch of 1."""
+    if len(shape(operand)) == 2:
+        return operand
+    return emit(before, aten.squeeze.dim, operand, 0, meta=meta_of(operand))
+
+
+def _quantize_meta(site: Site, operand: fx.Node, is_second: bool) -> dict[str, Any]:
+    """The meta of an operand's quantize: when it runs, and that no policy for mm saves it."""
+    meta = meta_of(site.node)
+    if is_second and site.product == "dgrad":
+        _recompute_casts(operand)
+        meta["partitioner_tag"] = BACKWARD
+    if is_second and site.product == "wgrad" and site.forward:
+        if "recompute" in site.forward.node.meta:
+            meta["partitioner_tag"] = BACKWARD
+    if "recompute" in meta:
+        meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+    return meta
+
+
+def _recompute_casts(node: fx.Node) -> None:
+    """A bf16 copy of a master weight is made again in the backward, never saved."""
+    while node.op == "call_function" and node.all_input_nodes:
+        if node.target in CASTS:
+            node.meta.setdefault("recompute", CheckpointPolicy.MUST_RECOMPUTE)
+        node = node.all_input_nodes[0]
+
+
+def _out_dtype(site: Site) -> tuple[torch.dtype, fx.Node | None]:
+    """bf16; or, for a wgrad that is read by one cast to fp32 alone, fp32 and that cast."""
+    node = site.node
+    users = list(users_through(node, TRANSPOSES))
+    if site.product == "wgrad" and len(users) == 1:
+        (user,) = users
+        if user.target in CASTS and value(user).dtype is torch.float32 and _only_path(node):
+            return torch.float32, user
+    return value(node).dtype, None
+
+
+def _only_path(node: fx.Node) -> bool:
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.target in CASTS:
+            return True
+    return False
+
+
+def _fold(cast: fx.Node, made: fx.Node) -> None:
+    """Drop a cast to what its input is now, with the fake values on the way made anew."""
+    node = made
+    while node is not cast.all_input_nodes[0]:
+        (node,) = node.users
+        with value(made).fake_mode:  # type: ignore[attr-defined]
+            node.meta["val"] = node.target(  # type: ignore[operator]
+                *torch.fx.node.map_arg(node.args, lambda n: n.meta["val"])
+            )
+    cast.replace_all_uses_with(node)
+    cast.graph.erase_node(cast)
