@@ -1,6 +1,7 @@
 """Low-precision training as a torch.compile backend."""
 
 from lpcompile.errors import LowPrecisionError, LowPrecisionWarning
+from lpcompile.explain import explain
 from lpcompile.formats import FORMATS, Format
 from lpcompile.functional import linear
 from lpcompile.options import Options, Rule, set_defaults
@@ -20,6 +21,7 @@ __all__ = [
     "Report",
     "Row",
     "Rule",
+    "explain",
     "linear",
     "set_defaults",
 ]

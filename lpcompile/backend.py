@@ -10,15 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import fx
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._dynamo.backends.common import make_boxed_func  # noqa: F401
 
 from lpcompile.graph import Leaves
 from lpcompile.options import Options, parse
-from lpcompile.pipeline import Compile, JointPass, graph_key
+from lpcompile.pipeline import Compile, JointPass, Partition, graph_key, register
 from lpcompile.report import summarize
 
 log = logging.getLogger("lpcompile")
@@ -55,7 +53,14 @@ def compile_graph(
     """Run AOTAutograd, the passes and the code generation that ``options`` names."""
     leaves = Leaves.of(gm, example_inputs)
     compile = Compile(options, leaves, graph_key(gm, leaves))
-    patches: dict[str, Any] = {**dict(options.inductor), "joint_custom_pre_pass": JointPass(compile)}
+    register(compile)
+    patches: dict[str, Any] = {
+        **dict(options.inductor),
+        "joint_custom_pre_pass": JointPass(compile),
+    }
+    if compile.measures:
+        patches["custom_partitioner_fn"] = Partition(compile)
+        patches["force_disable_caches"] = True  # on a hit no pass runs
     inner = compile_fx_inner
     if options.codegen == "eager":
         inner = run_op_by_op

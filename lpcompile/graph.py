@@ -87,7 +87,7 @@ class Flow:
     def __init__(self, graph: fx.Graph, leaves: Leaves) -> None:
         self.gradients: set[fx.Node] = set()
         self.weights: set[fx.Node] = set()
-        constants: set[fx.Node] = set()  # of buffers and nothing else, so they decide nothing
+        self.constants: set[fx.Node] = set()  # of buffers and nothing else: they decide nothing
         for node in graph.nodes:
             inputs = node.all_input_nodes
             if node.op == "placeholder":
@@ -97,12 +97,12 @@ class Flow:
                 elif index in leaves.parameters:
                     self.weights.add(node)
                 elif index in leaves.buffers:
-                    constants.add(node)
+                    self.constants.add(node)
             elif any(i in self.gradients for i in inputs):
                 self.gradients.add(node)
-            elif all(i in self.weights or i in constants for i in inputs):
+            elif all(i in self.weights or i in self.constants for i in inputs):
                 of_weights = any(i in self.weights for i in inputs)
-                (self.weights if of_weights else constants).add(node)
+                (self.weights if of_weights else self.constants).add(node)
 
 
 def input_index(placeholder: fx.Node) -> int | None:

@@ -1,4 +1,4 @@
-"""What a user can ask of the backend: rules, and every other option, validated where it is built."""
+"""What a user can ask of the backend: rules and options, validated where they are built."""
 
 import json
 import os

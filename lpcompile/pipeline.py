@@ -8,7 +8,9 @@ On a hit of Inductor's cache no pass runs, so nothing may rely on its having run
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -16,14 +18,15 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 
 import lpcompile
-from lpcompile import structure
+from lpcompile import saved, structure
 from lpcompile.graph import Flow, Leaves
 from lpcompile.options import Options
 from lpcompile.passes import deduplicate, linear
-from lpcompile.report import Row
+from lpcompile.report import Row, SavedBytes
 from lpcompile.select import Choice, Selection
 from lpcompile.sites import Site, find
 
@@ -40,6 +43,33 @@ class Compile:
     rows: list[Row] = field(default_factory=list)
     has_run: bool = False
     unmatched: tuple[str, ...] = ()  # patterns of rules that matched no GEMM of this graph
+    measures: bool = False  # also cut the graph as it was, for ``saved_bytes``
+    original: fx.Graph | None = None
+    saved_bytes: SavedBytes | None = None
+
+
+_observers: ContextVar[tuple[tuple[list[Compile], bool], ...]] = ContextVar("observers", default=())
+
+
+@contextmanager
+def observe(measures: bool = False) -> Iterator[list[Compile]]:
+    """Collects the Compile of every graph that the backend compiles inside it.
+
+    measures: with ``saved_bytes``, for which every graph is cut twice.
+    """
+    seen: list[Compile] = []
+    token = _observers.set((*_observers.get(), (seen, measures)))
+    try:
+        yield seen
+    finally:
+        _observers.reset(token)
+
+
+def register(compile: Compile) -> None:
+    """Show a Compile to whoever observes."""
+    for seen, measures in _observers.get():
+        seen.append(compile)
+        compile.measures |= measures
 
 
 class JointPass(CustomGraphPass):  # type: ignore[misc]
@@ -51,6 +81,8 @@ class JointPass(CustomGraphPass):  # type: ignore[misc]
     def __call__(self, graph: fx.Graph) -> None:
         compile = self.compile
         compile.has_run = True
+        if compile.measures:
+            compile.original = saved.copy(graph)
         flow = Flow(graph, compile.leaves)
         sites = find(graph, flow)
         choices = _choose(graph, sites, compile)
@@ -70,9 +102,33 @@ class JointPass(CustomGraphPass):  # type: ignore[misc]
         return f"{self.compile.key} {self.compile.options!r} {sources()}"
 
 
+class Partition(CustomPartitionerFn):  # type: ignore[misc]
+    """Inductor's min-cut, watched: what it saves for the backward, before and after rewriting."""
+
+    def __init__(self, compile: Compile) -> None:
+        self.compile = compile
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        compile = self.compile
+        forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+        if compile.original is not None:
+            whole = fx.GraphModule(gm, compile.original)
+            before, _ = min_cut_rematerialization_partition(whole, joint_inputs, **kwargs)
+            outputs = kwargs["num_fwd_outputs"]
+            compile.saved_bytes = SavedBytes(
+                saved.num_bytes(before.graph, compile.leaves, outputs),
+                saved.num_bytes(forward.graph, compile.leaves, outputs),
+            )
+        return forward, backward
+
+    def uuid(self) -> str:
+        return sources()
+
+
 def _choose(graph: fx.Graph, sites: list[Site], compile: Compile) -> list[tuple[Site, Choice]]:
-    paths = {site.module for site in sites}
-    selection = Selection(compile.options, structure.find(graph, sites), paths)
+    selection = Selection(compile.options, structure.find(graph, sites), sites)
     choices = [(site, selection.choose(site)) for site in sites]
     compile.unmatched = tuple(
         rule.pattern for rule in compile.options.rules if rule not in selection.matched
@@ -115,9 +171,8 @@ def sources() -> str:
     """A digest of lpcompile's source files: a changed source must miss the cache."""
     digest = hashlib.sha256(torch.__version__.encode())
     folder = Path(lpcompile.__file__).parent
-    for path in sorted(p for d in ("", "passes", "lowerings", "ops", "moe") for p in (folder / d).glob("*.py")):
+    folders = [folder, *(f for f in folder.iterdir() if f.is_dir())]  # rglob skips linked folders
+    for path in sorted(p for f in folders for p in f.glob("*.py")):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-

@@ -3,6 +3,7 @@
 Nothing here looks at the machine that runs: every rank, and a report made elsewhere, decides alike.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import ceil
@@ -12,7 +13,7 @@ from torch import fx
 
 from lpcompile import cost
 from lpcompile.errors import RecipeError, StrictError
-from lpcompile.graph import value
+from lpcompile.graph import peel, value
 from lpcompile.options import Options, Rule
 from lpcompile.recipes import BF16, Gemm, Recipe, get_recipe, name_of
 from lpcompile.sites import Site
@@ -32,10 +33,11 @@ class Choice:
 class Selection:
     """The choices of one graph. Remembers which rules matched."""
 
-    def __init__(self, options: Options, structural: dict[fx.Node, str], paths: set[str]) -> None:
+    def __init__(self, options: Options, structural: dict[fx.Node, str], sites: list[Site]) -> None:
         self.options, self.structural = options, structural
         self.matched: set[Rule] = set()
-        self.depth = _Depth(paths)
+        self.depth = _Depth({site.module for site in sites})
+        self.readers = Counter(r for s in sites if s.is_linear for r in _reads(s))
 
     def choose(self, site: Site) -> Choice:
         """What this GEMM becomes. StrictError where ``strict`` asks for it."""
@@ -61,16 +63,22 @@ class Selection:
             return Choice("bf16", None, obstacle)
         return self._profitable(site, recipe, label, gemm, why)
 
-    def _profitable(
-        self, site: Site, recipe: Recipe, label: str, gemm: Gemm, why: str
-    ) -> Choice:
+    def _profitable(self, site: Site, recipe: Recipe, label: str, gemm: Gemm, why: str) -> Choice:
         sizes = (site.m, site.n, site.k)
         if self.options.rewrite == "all" or None in sizes:
             return Choice(label, gemm, why)
         target = self.options.target_of(recipe)
         m, n, k = (s for s in sizes if s is not None)
+        lhs, rhs = (self.readers[r] for r in _reads(site))
         estimate = cost.gain(
-            site.product, gemm, m, n, k, cost.DEVICES[target], num_groups=site.num_groups
+            site.product,
+            gemm,
+            m,
+            n,
+            k,
+            cost.DEVICES[target],
+            num_groups=site.num_groups,
+            readers=(lhs, rhs) if site.lhs_is_first else (rhs, lhs),
         )
         times = f"{estimate.bf16_us:.0f} us in bf16, {estimate.lowprec_us:.0f} us in {label}"
         if not estimate.profitable:
@@ -93,13 +101,17 @@ class Selection:
         return recipe, self.options.label, False, "recipe bf16" if recipe.is_bf16 else ""
 
 
+def _reads(site: Site) -> tuple[tuple[fx.Node, bool], tuple[fx.Node, bool]]:
+    """What a GEMM quantizes: the tensor under transposes, and whether along its other dimension."""
+    (a, a_t), (b, b_t) = peel(site.lhs), peel(site.rhs)
+    return (a, a_t), (b, not b_t)
+
+
 def annotation(node: fx.Node) -> str | Recipe | None:
     """What ``torch.fx.traceback.annotate({"lowprec": ...})`` says of a node."""
     said = (node.meta.get("custom") or {}).get("lowprec")
     if said is not None and not isinstance(said, (str, Recipe)):
-        raise RecipeError(
-            f"annotate({{'lowprec': ...}}) takes a recipe or its name, got {said!r}"
-        )
+        raise RecipeError(f"annotate({{'lowprec': ...}}) takes a recipe or its name, got {said!r}")
     return said
 
 

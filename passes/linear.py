@@ -56,9 +56,7 @@ def _rewrite(site: Site, how: Gemm) -> None:
         is_second = (side == 1) == site.lhs_is_first  # W, W and X in fprop, dgrad and wgrad
         meta = _quantize_meta(site, operand, is_second)
         x, transposed = peel(_matrix(node, operand))
-        quantize = partial(
-            gemm.quantize, operand=how_operand, transpose=transposed != (side == 1)
-        )
+        quantize = partial(gemm.quantize, operand=how_operand, transpose=transposed != (side == 1))
         quantized.append(emit(node, quantize, x, meta=meta))
     multiply = partial(gemm.multiply, out_dtype=out_dtype, fast_accum=how.fast_accum)
     made = emit(node, multiply, *quantized, meta=meta_of(node))
@@ -85,9 +83,9 @@ def _quantize_meta(site: Site, operand: fx.Node, is_second: bool) -> dict[str, A
     if is_second and site.product == "dgrad":
         _recompute_casts(operand)
         meta["partitioner_tag"] = BACKWARD
-    if is_second and site.product == "wgrad" and site.forward:
-        if "recompute" in site.forward.node.meta:
-            meta["partitioner_tag"] = BACKWARD
+    checkpointed = site.forward is not None and "recompute" in site.forward.node.meta
+    if is_second and site.product == "wgrad" and checkpointed:
+        meta["partitioner_tag"] = BACKWARD
     if "recompute" in meta:
         meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
     return meta

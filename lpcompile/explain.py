@@ -1,0 +1,107 @@
+"""``lpcompile.explain``: what the backend would do with a model, without running or allocating it.
+
+The model's parameters are exchanged for fake ones while Dynamo and AOTAutograd trace it, so a 70B
+model on the meta device takes seconds and no memory.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.utils import stateless
+from torch.utils import _pytree as pytree
+
+from lpcompile.backend import compile_graph
+from lpcompile.errors import LowPrecisionError, RuleError
+from lpcompile.options import Options, parse
+from lpcompile.pipeline import Compile, observe
+from lpcompile.recipes import Recipe, get_recipe
+from lpcompile.report import Report, SavedBytes
+
+
+def explain(
+    model: nn.Module,
+    *args: Any,
+    recipe: str | Recipe | None = None,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """The Report of ``model(*args, **kwargs)``: one row per GEMM, forward and backward.
+
+    model: on any device, meta included; nothing is computed and nothing of it changes.
+    recipe: short for ``options={"recipe": recipe}``; options as for the backend.
+    The backward is traced when a parameter or an input requires grad, so call it under no_grad to
+    see inference. RuleError for a rule that matched nothing.
+    """
+    chosen = parse({**(options or {}), **({} if recipe is None else {"recipe": recipe})})
+    chosen = replace(chosen, codegen="eager")
+    compiles = trace(model, args, kwargs, chosen)
+    if not any(c.has_run for c in compiles):
+        raise LowPrecisionError(
+            f"{type(model).__name__} compiled to no graph: is it wrapped in torch.compiler.disable?"
+        )
+    unmatched = set.intersection(*(set(c.unmatched) for c in compiles))
+    if unmatched:
+        raise RuleError(
+            f"rule {sorted(unmatched)[0]!r} matched no GEMM of {type(model).__name__}; its modules "
+            f"with GEMMs: {_some(sorted({r.module for c in compiles for r in c.rows}))}"
+        )
+    saved = [c.saved_bytes for c in compiles if c.saved_bytes is not None]
+    return Report(
+        [row for c in compiles for row in c.rows],
+        SavedBytes(sum(s.before for s in saved), sum(s.after for s in saved)) if saved else None,
+        chosen.target_of(get_recipe(chosen.recipe)),
+    )
+
+
+def trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+) -> list[Compile]:
+    """Compile every graph of a call on fake tensors, and give back what the passes found."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    device = _device(args, kwargs)
+
+    def fake(x: Any) -> Any:
+        return _fake(x, mode, device)
+
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with mode:
+        fakes = {name: fake(t) for name, t in tensors.items()}
+        given, named = pytree.tree_map(fake, (args, kwargs))
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        return compile_graph(gm, inputs, options)
+
+    torch._dynamo.reset()
+    with observe(measures=True) as compiles, mode, stateless._reparametrize_module(model, fakes):
+        torch.compile(model, backend=backend)(*given, **named)
+    torch._dynamo.reset()
+    return compiles
+
+
+def _fake(x: Any, mode: FakeTensorMode, device: torch.device) -> Any:
+    """A fake tensor like x, on ``device`` if x is on the meta device."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    where = device if x.device.type == "meta" else x.device
+    with mode:
+        made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=where)
+    if isinstance(x, nn.Parameter):
+        return nn.Parameter(made, requires_grad=x.requires_grad)
+    return made.requires_grad_(x.requires_grad)
+
+
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """The device to trace meta tensors on: that of the first input which has one, else the CPU."""
+    for x in pytree.tree_leaves((args, kwargs)):
+        if isinstance(x, torch.Tensor) and x.device.type != "meta":
+            return x.device
+    return torch.device("cpu")
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(repr(n) for n in names[:8])
+    return f"{shown}, and {len(names) - 8} more" if len(names) > 8 else shown
