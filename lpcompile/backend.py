@@ -61,12 +61,12 @@ def compile_graph(
     if compile.measures:
         patches["custom_partitioner_fn"] = Partition(compile)
         patches["force_disable_caches"] = True  # on a hit no pass runs
-    inner = compile_fx_inner
+    inner: Any = compile_fx_inner
     if options.codegen == "eager":
         inner = run_op_by_op
         patches["force_disable_caches"] = True  # there is no artifact to cache
     with functorch_config.patch(_for_memory_budget()):
-        compiled = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)
+        compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)
     announce(compile)
     return compiled
 

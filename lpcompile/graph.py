@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,12 +129,12 @@ def swaps_last_two(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target not in TRANSPOSES:
         return False
     dim = len(shape(node))
+    args: Any = node.args
     if node.target is aten.t.default:
         return dim == 2
     if node.target is aten.transpose.int:
-        return {d % dim for d in node.args[1:3]} == {dim - 2, dim - 1}  # type: ignore[operator,union-attr]
-    order = [d % dim for d in node.args[1]]  # type: ignore[union-attr]
-    return order == [*range(dim - 2), dim - 1, dim - 2]
+        return {d % dim for d in args[1:3]} == {dim - 2, dim - 1}
+    return [d % dim for d in args[1]] == [*range(dim - 2), dim - 1, dim - 2]
 
 
 def peel(node: fx.Node) -> tuple[fx.Node, bool]:
@@ -221,8 +222,8 @@ def emit(before: fx.Node, call: Callable[..., Any], *args: Any, meta: dict[str, 
     graph, fake_mode = before.graph, value(before).fake_mode  # type: ignore[attr-defined]
     tracer = _Emitter(graph, meta, fake_mode)
     with graph.inserting_before(before):
-        proxies = map_arg(args, lambda n: fx.Proxy(n, tracer))
-        return _nodes(call(*proxies))
+        given: Any = map_arg(args, partial(fx.Proxy, tracer=tracer))  # type: ignore[arg-type]
+        return _nodes(call(*given))
 
 
 def _nodes(made: Any) -> Any:

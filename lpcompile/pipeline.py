@@ -72,7 +72,7 @@ def register(compile: Compile) -> None:
         compile.measures |= measures
 
 
-class JointPass(CustomGraphPass):  # type: ignore[misc]
+class JointPass(CustomGraphPass):
     """Every pass on the joint graph, or on a forward without a backward."""
 
     def __init__(self, compile: Compile) -> None:
@@ -102,7 +102,7 @@ class JointPass(CustomGraphPass):  # type: ignore[misc]
         return f"{self.compile.key} {self.compile.options!r} {sources()}"
 
 
-class Partition(CustomPartitionerFn):  # type: ignore[misc]
+class Partition(CustomPartitionerFn):
     """Inductor's min-cut, watched: what it saves for the backward, before and after rewriting."""
 
     def __init__(self, compile: Compile) -> None:

@@ -87,8 +87,10 @@ class Selection:
 
     def _recipe_of(self, site: Site) -> tuple[Recipe, str, bool, str]:
         """The recipe, its label, whether something names this module, and what does."""
-        asked = annotation(site.node) or (site.forward and annotation(site.forward.node))
-        if asked is not None and asked != "":
+        asked = annotation(site.node)
+        if asked is None and site.forward is not None:
+            asked = annotation(site.forward.node)
+        if asked is not None:
             recipe = BF16 if asked in ("bf16", "skip") else get_recipe(asked)
             label = asked if isinstance(asked, str) else name_of(recipe)
             return recipe, label, True, f"annotated {label}"

@@ -15,7 +15,11 @@ from torch import fx
 from lpcompile.graph import Flow, aten, base, hint, module_path, shape, value
 from lpcompile.recipes import Product
 
-MATMULS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0}  # -> first operand
+MATMULS: dict[Any, int] = {
+    aten.mm.default: 0,
+    aten.addmm.default: 1,
+    aten.bmm.default: 0,
+}  # first operand
 
 
 @dataclass
@@ -60,8 +64,9 @@ def find(graph: fx.Graph, flow: Flow) -> list[Site]:
 
 def operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The two matrices that a product multiplies, as they are now."""
+    args: Any = node.args
     first = MATMULS[node.target]
-    return node.args[first], node.args[first + 1]  # type: ignore[return-value,index]
+    return args[first], args[first + 1]
 
 
 def _sizes(lhs: fx.Node, rhs: fx.Node) -> tuple[int | None, int | None, int | None]:
