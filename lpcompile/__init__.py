@@ -1,5 +1,6 @@
 """Low-precision training as a torch.compile backend."""
 
+from lpcompile.api import compile_blocks, lowprec
 from lpcompile.errors import LowPrecisionError, LowPrecisionWarning
 from lpcompile.explain import explain
 from lpcompile.formats import FORMATS, Format
@@ -21,7 +22,9 @@ __all__ = [
     "Report",
     "Row",
     "Rule",
+    "compile_blocks",
     "explain",
     "linear",
+    "lowprec",
     "set_defaults",
 ]

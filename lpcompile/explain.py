@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
@@ -76,10 +77,16 @@ def trace(
         return compile_graph(gm, inputs, options)
 
     torch._dynamo.reset()
-    with observe(measures=True) as compiles, mode, stateless._reparametrize_module(model, fakes):
-        torch.compile(model, backend=backend)(*given, **named)
-    torch._dynamo.reset()
-    return compiles
+    try:
+        with observe(measures=True) as seen, mode, stateless._reparametrize_module(model, fakes):
+            torch.compile(model, backend=backend)(*given, **named)
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, LowPrecisionError):
+            raise error.inner_exception from None
+        raise
+    finally:
+        torch._dynamo.reset()
+    return seen
 
 
 def _fake(x: Any, mode: FakeTensorMode, device: torch.device) -> Any:

@@ -20,8 +20,9 @@ Codegen = Literal["inductor", "eager"]
 class Rule:
     """The recipe of the modules whose path matches. The first rule that matches wins.
 
-    pattern: fnmatch on module paths without wrappers, ``layers.*.ffn.w2``. A pattern of stars
-        alone does not name a router or an LM head, which stay bf16 by structure.
+    pattern: fnmatch on module paths without wrappers, ``layers.*.ffn.w2``; empty is the module
+        compiled itself. A pattern of stars alone does not name a router or an LM head, which stay
+        bf16 by structure.
     recipe: a name in RECIPES, or a Recipe.
     first, last: keep to the first or last blocks of the model: a count (int) or a share (float
         below 1, of which a part of a block counts as a whole one).
@@ -33,7 +34,7 @@ class Rule:
     last: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str) or not self.pattern:
+        if not isinstance(self.pattern, str):
             raise RuleError(f"a rule's pattern is a module path with * and ?: got {self.pattern!r}")
         get_recipe(self.recipe)
         if self.first is not None and self.last is not None:
@@ -49,7 +50,7 @@ class Rule:
     @property
     def is_catch_all(self) -> bool:
         """It matches every path, so it names none."""
-        return not self.pattern.strip("*")
+        return bool(self.pattern) and not self.pattern.strip("*")
 
     @property
     def label(self) -> str:

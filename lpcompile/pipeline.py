@@ -41,6 +41,7 @@ class Compile:
     leaves: Leaves
     key: str  # of the Dynamo graph: see ``graph_key``
     rows: list[Row] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)  # what each pass changed
     has_run: bool = False
     unmatched: tuple[str, ...] = ()  # patterns of rules that matched no GEMM of this graph
     measures: bool = False  # also cut the graph as it was, for ``saved_bytes``
@@ -93,10 +94,10 @@ class JointPass(CustomGraphPass):
         if not flow.gradients:
             steps.append(("deduplicate", partial(deduplicate.run, graph)))
         for name, step in steps:
-            count = step()
+            compile.counts[name] = step()
             graph.eliminate_dead_code()
             graph.lint()
-            log.debug("pass %s: %d", name, count)
+            log.debug("pass %s: %d", name, compile.counts[name])
 
     def uuid(self) -> str:
         return f"{self.compile.key} {self.compile.options!r} {sources()}"

@@ -36,7 +36,7 @@ class Selection:
     def __init__(self, options: Options, structural: dict[fx.Node, str], sites: list[Site]) -> None:
         self.options, self.structural = options, structural
         self.matched: set[Rule] = set()
-        self.depth = _Depth({site.module for site in sites})
+        self.depth = Depth({site.module for site in sites})
         self.readers = Counter(r for s in sites if s.is_linear for r in _reads(s))
 
     def choose(self, site: Site) -> Choice:
@@ -57,7 +57,7 @@ class Selection:
             if self.options.strict and site.is_linear:
                 raise StrictError(
                     f"{site.product} of {site.module or 'the root module'} is to be {label} "
-                    f"({why}), and cannot be: {obstacle}. Change that, give it a rule "
+                    f"({why or 'the default'}), and cannot be: {obstacle}. Change that, give it a rule "
                     f"Rule({site.module!r}, 'bf16'), or leave out strict"
                 )
             return Choice("bf16", None, obstacle)
@@ -117,7 +117,7 @@ def annotation(node: fx.Node) -> str | Recipe | None:
     return said
 
 
-class _Depth:
+class Depth:
     """Which block of the model a path is in: the first number in it, of how many there are."""
 
     def __init__(self, paths: set[str]) -> None:

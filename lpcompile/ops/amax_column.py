@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops.define import define, same_bits
-from lpcompile.ops.fp8 import abs_bits, amax_of_bits
+from lpcompile.ops.fp8 import abs_bits, amax_of_bits, canonical
 
 
 def outputs(x: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def outputs(x: Tensor) -> Tensor:
 def reference(x: Tensor) -> Tensor:
     if not x.shape[0]:
         return x.new_zeros((x.shape[1],), dtype=torch.float32)
-    return x.abs().amax(0).float()
+    return canonical(x.abs().amax(0).float())
 
 
 @triton.jit

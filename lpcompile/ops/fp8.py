@@ -17,6 +17,11 @@ MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 TRITON = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 
 
+def canonical(x: Tensor) -> Tensor:
+    """x with one NaN, the positive quiet one, on every device."""
+    return torch.where(x.isnan(), torch.nan, x)
+
+
 def encode_scale(amax: Tensor, element: torch.dtype, pow2: bool) -> Tensor:
     """amax[...] fp32 -> encode scale[...] fp32, NaN where amax is not finite."""
     scale = (MAX[element] / amax.double().clamp(min=1e-12)).float()
@@ -27,14 +32,13 @@ def encode_scale(amax: Tensor, element: torch.dtype, pow2: bool) -> Tensor:
 
 def decode_scale(scale: Tensor) -> Tensor:
     """The reciprocal of an encode scale, with one NaN on every device."""
-    return torch.where(scale.isnan(), torch.nan, 1 / scale)
+    return canonical(1 / scale)
 
 
 def cast(x: Tensor, scale: Tensor, element: torch.dtype) -> Tensor:
     """x[...] times an encode scale that broadcasts, clamped and cast; NaN is the positive one."""
     limit = MAX[element]
-    scaled = (x.float() * scale).clamp(-limit, limit)
-    return torch.where(scaled.isnan(), torch.nan, scaled).to(element)
+    return canonical((x.float() * scale).clamp(-limit, limit)).to(element)
 
 
 def pad_columns(values: Tensor, columns: int) -> Tensor:
@@ -53,8 +57,9 @@ def runs_triton(x: Tensor) -> bool:
 
 @triton.jit
 def abs_bits(x):
-    """|x| bf16 as int32 whose order is the magnitude's, with Inf above all and NaN above Inf."""
-    return (x.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32)
+    """|x| bf16 as int32 whose order is the magnitude's, Inf above all and the one NaN above Inf."""
+    bits = (x.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32)
+    return tl.where(bits > 0x7F80, 0x7FC0, bits)
 
 
 @triton.jit

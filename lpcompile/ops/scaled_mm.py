@@ -99,7 +99,7 @@ def launch(
         made = _scaled_mm(
             a, _outer_major(a_scale), b, _outer_major(b_scale).t(), torch.bfloat16, fast_accum
         )
-    return made[:, :N].to(out_dtype)
+    return made[:, :N].to(out_dtype).contiguous()
 
 
 def _scaled_mm(

@@ -51,6 +51,7 @@ CASES = [
     Case("torch.mm", lambda x, w: torch.mm(x, w.t()), plain),
     Case("torch.matmul 3-d", lambda x, w: torch.matmul(x, w.t()), plain, x=(3, 16, 64)),
     Case("4-d", lambda x, w: F.linear(x, w), plain, x=(2, 3, 8, 64)),
+    Case("1-d", lambda x, w: F.linear(x, w), plain, x=(64,)),
     Case("einsum", lambda x, w: torch.einsum("btk,nk->btn", x, w), plain, x=(3, 16, 64)),
     Case("einsum 2-d", lambda x, w: torch.einsum("tk,nk->tn", x, w), plain),
     Case("tensordot", lambda x, w: torch.tensordot(x, w, dims=([2], [1])), plain, x=(3, 16, 64)),

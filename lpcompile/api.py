@@ -1,0 +1,174 @@
+"""Ways in beside ``backend="lowprec"``: ``compile_blocks(model)`` and ``@lowprec()``.
+
+Per-block compile makes one graph that all alike blocks share, so compile time does not grow with
+depth, and rules that speak of whole models ("the last 15% of the blocks") are resolved here, where
+every name is known: a block sees only paths relative to itself.
+"""
+
+import functools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lpcompile.errors import LowPrecisionError, RuleError, did_you_mean
+from lpcompile.graph import clean_path
+from lpcompile.options import Options, Rule, parse
+from lpcompile.recipes import Recipe
+from lpcompile.select import Depth
+
+T = TypeVar("T", bound=Callable[..., Any])
+Blocks = type[nn.Module] | Iterable[nn.Module] | None
+
+
+def compile_blocks(
+    model: nn.Module,
+    blocks: Blocks = None,
+    *,
+    recipe: str | Recipe | None = None,
+    rules: Iterable[Any] = (),
+    options: Mapping[str, Any] | None = None,
+    fullgraph: bool = True,
+    dynamic: bool | None = None,
+) -> dict[str, nn.Module]:
+    """Compile each transformer block of ``model`` in place by ``backend="lowprec"``.
+
+    blocks: the class of the blocks, or the blocks themselves; found when left out: the class that
+        repeats in a ModuleList or ModuleDict and holds the most parameters.
+    rules: as in Options, with paths from ``model``; a rule that matches no module is a RuleError.
+    Returns the compiled blocks by path. state_dict keys stay as they are.
+    """
+    found = _named_blocks(model, blocks)
+    chosen = {**(options or {}), **({} if recipe is None else {"recipe": recipe})}
+    given = parse({**chosen, **({"rules": tuple(rules)} if rules else {})})
+    resolved = _resolve(model, found, given)
+    for path, block in found.items():
+        per_block = {**chosen, "rules": resolved[path]}
+        block.compile(backend="lowprec", options=per_block, fullgraph=fullgraph, dynamic=dynamic)
+    return found
+
+
+def lowprec(
+    recipe: str | Recipe | None = None,
+    *,
+    rules: Iterable[Any] = (),
+    options: Mapping[str, Any] | None = None,
+    fullgraph: bool = True,
+    dynamic: bool | None = None,
+) -> Callable[[T], T]:
+    """A decorator for a Module class or a function: its forward, compiled in low precision.
+
+    A decorated class stays the same class object, so state_dict, pickle and deepcopy of its
+    instances do not change. Paths in rules are relative to the decorated module; the first call
+    raises a RuleError for a rule that matches none of its modules.
+    """
+    chosen = {**(options or {}), **({} if recipe is None else {"recipe": recipe})}
+    if rules:
+        chosen["rules"] = tuple(rules)
+    given = parse(chosen)
+
+    def decorate(what: T) -> T:
+        if isinstance(what, type) and issubclass(what, nn.Module):
+            what.forward = _compiled(what.forward, given, chosen, fullgraph, dynamic)  # type: ignore[method-assign]
+            return what
+        if isinstance(what, nn.Module) or not callable(what):
+            raise LowPrecisionError(
+                f"@lowprec decorates a Module class or a function, got {type(what).__name__}: "
+                "for a module use module.compile(backend='lowprec')"
+            )
+        return _compiled(what, given, chosen, fullgraph, dynamic)
+
+    return decorate
+
+
+def _compiled(
+    function: T, options: Options, chosen: Mapping[str, Any], fullgraph: bool, dynamic: bool | None
+) -> T:
+    compiled = torch.compile(
+        function, backend="lowprec", options=dict(chosen), fullgraph=fullgraph, dynamic=dynamic
+    )
+    if not options.rules:
+        return functools.wraps(function)(compiled)  # type: ignore[return-value]
+    checked: set[type] = set()
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], nn.Module) and type(args[0]) not in checked:
+            _check(options.rules, [clean_path(name) for name, _ in args[0].named_modules()])
+            checked.add(type(args[0]))
+        return compiled(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def _named_blocks(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
+    if blocks is None:
+        blocks = _repeated_class(model)
+    if isinstance(blocks, type):
+        wanted: Callable[[nn.Module], bool] = functools.partial(_is_a, cls=blocks)
+    else:
+        ids = {id(b) for b in blocks}
+        wanted = lambda m: id(m) in ids  # noqa: E731
+    found = {name: m for name, m in model.named_modules() if wanted(m)}
+    if not found:
+        raise LowPrecisionError(
+            f"no block to compile in {type(model).__name__}: {blocks!r} is none of its modules; "
+            "pass the blocks' class, or the blocks"
+        )
+    return found
+
+
+def _is_a(module: nn.Module, cls: type[nn.Module]) -> bool:
+    return isinstance(module, cls)
+
+
+def _repeated_class(model: nn.Module) -> type[nn.Module]:
+    """The class of siblings in a container that hold the most parameters between them."""
+    sizes: Counter[type[nn.Module]] = Counter()
+    for container in model.modules():
+        siblings: dict[type[nn.Module], list[nn.Module]] = defaultdict(list)
+        if isinstance(container, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            for child in container.children():
+                siblings[type(child)].append(child)
+        for cls, alike in siblings.items():
+            if len(alike) > 1:
+                sizes[cls] += sum(p.numel() for m in alike for p in m.parameters())
+    best = sizes.most_common(1)
+    if not best or not best[0][1]:
+        raise LowPrecisionError(
+            f"{type(model).__name__} repeats no block in a ModuleList, ModuleDict or Sequential: "
+            "pass the blocks' class or the blocks, or use model.compile(backend='lowprec')"
+        )
+    return best[0][0]
+
+
+def _resolve(
+    model: nn.Module, blocks: dict[str, nn.Module], options: Options
+) -> dict[str, tuple[Rule, ...]]:
+    """For every block, the rules in paths of its own: equal for alike blocks, so they share."""
+    names = {name: clean_path(name) for name, _ in model.named_modules()}
+    _check(options.rules, list(names.values()))
+    depth = Depth(set(names.values()))
+    resolved = {}
+    for path, block in blocks.items():
+        own: list[Rule] = []
+        for inner, _ in block.named_modules():
+            full = names[f"{path}.{inner}".strip(".")]
+            rule = next((r for r in options.rules if depth.admits(r, full)), None)
+            if rule is not None and not rule.is_catch_all:
+                own.append(Rule(clean_path(inner), rule.recipe))
+        stars = (r for r in options.rules if r.is_catch_all and depth.admits(r, names[path]))
+        own += [Rule("*", star.recipe) for star in stars][:1]
+        resolved[path] = tuple(own)
+    return resolved
+
+
+def _check(rules: Iterable[Rule], names: list[str]) -> None:
+    depth = Depth(set(names))
+    for rule in rules:
+        if not any(depth.admits(rule, name) for name in names):
+            raise RuleError(
+                f"rule {rule.pattern!r} matches no module; {did_you_mean(rule.pattern, names)}"
+            )
