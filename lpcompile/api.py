@@ -71,7 +71,7 @@ def lowprec(
 
     def decorate(what: T) -> T:
         if isinstance(what, type) and issubclass(what, nn.Module):
-            what.forward = _compiled(what.forward, given, chosen, fullgraph, dynamic)  # type: ignore[method-assign]
+            what.forward = _compiled(what.forward, given, chosen, fullgraph, dynamic)
             return what
         if isinstance(what, nn.Module) or not callable(what):
             raise LowPrecisionError(

@@ -57,8 +57,8 @@ class Selection:
             if self.options.strict and site.is_linear:
                 raise StrictError(
                     f"{site.product} of {site.module or 'the root module'} is to be {label} "
-                    f"({why or 'the default'}), and cannot be: {obstacle}. Change that, give it a rule "
-                    f"Rule({site.module!r}, 'bf16'), or leave out strict"
+                    f"({why or 'the default'}), and cannot be: {obstacle}. Change that, give it a "
+                    f"rule Rule({site.module!r}, 'bf16'), or leave out strict"
                 )
             return Choice("bf16", None, obstacle)
         return self._profitable(site, recipe, label, gemm, why)
