@@ -3,6 +3,7 @@
 from lpcompile.ops import (
     amax_column,
     amax_tensor,
+    fused_quantize,
     quantize_fp8_block,
     quantize_fp8_block_t,
     quantize_fp8_row,
@@ -17,6 +18,7 @@ from lpcompile.ops import (
 ALL = (
     amax_column,
     amax_tensor,
+    fused_quantize,
     quantize_fp8_block,
     quantize_fp8_block_t,
     quantize_fp8_row,

@@ -1,7 +1,9 @@
 """Quantize to FP8 with a scale per 1x128: x[R, C] bf16 -> values[R, Cp] e4m3, scales[R, C / 128].
 
-Cp is C rounded up to 16, and the padding is zero; a last block may be short. Arithmetic:
-``lpcompile.ops.fp8``; blocks of 1x128 and 128x128: DeepSeek-V3, arXiv 2412.19437, section 3.3.
+Cp is C rounded up to 16, and the padding is zero; a last block may be short. Rows of the scales are
+adjacent in memory, as cuBLASLt reads them. Arithmetic: ``lpcompile.ops.fp8``; blocks of 1x128 and
+128x128: DeepSeek-V3, arXiv 2412.19437, section 3.3.
+
 The kernel serves the four block quantizers: strides say what is transposed, SQUARE what shares.
 """
 
@@ -21,11 +23,12 @@ BLOCK = 128
 def outputs(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
     R, C = x.shape
     values = x.new_empty((R, round_up(C, ALIGN)), dtype=element)
-    return values, x.new_empty((R, round_up(C, BLOCK) // BLOCK), dtype=torch.float32)
+    return values, x.new_empty((round_up(C, BLOCK) // BLOCK, R), dtype=torch.float32).t()
 
 
 def reference(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
-    return by_blocks(x, 1, element, pow2)
+    values, scales = by_blocks(x, 1, element, pow2)
+    return values, outputs(x, element, pow2)[1].copy_(scales)
 
 
 def by_blocks(x: Tensor, rows: int, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
@@ -53,6 +56,7 @@ def kernel(
     CP,
     stride_r,
     stride_c,
+    scales_stride,
     LIMIT: tl.constexpr,
     POW2: tl.constexpr,
     ELEMENT: tl.constexpr,
@@ -73,8 +77,10 @@ def kernel(
     values = fp8.narrow(scaled, LIMIT, ELEMENT)
     out = r[:, None].to(tl.int64) * CP + c[None, :]
     tl.store(values_ptr + out, values, mask=(r < R)[:, None] & (c < CP)[None, :])
-    row = tl.where(r < R, r // BR, 0) if SQUARE else r  # every lane of a square writes one scale
-    to = row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    if SQUARE:  # every lane writes the one scale
+        to = tl.program_id(1) * scales_stride + tl.program_id(0) + tl.zeros_like(r)
+    else:
+        to = tl.program_id(0).to(tl.int64) * R + r
     tl.store(scales_ptr + to, fp8.decode(scale), mask=r < R)
 
 
@@ -86,7 +92,7 @@ def fill(
     (R, C), CP = x.shape, values.shape[1]
     BR = BLOCK if square else 32
     kernel[(triton.cdiv(C, BLOCK), triton.cdiv(R, BR))](
-        x, values, scales, R, C, CP, *x.stride(),
+        x, values, scales, R, C, CP, *x.stride(), scales.stride(0),
         fp8.MAX[element], pow2, fp8.TRITON[element], square, BR, BLOCK,
         num_warps=8 if square else 4,
     )  # fmt: skip

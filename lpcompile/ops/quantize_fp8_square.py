@@ -1,7 +1,8 @@
 """Quantize to FP8 with a scale per 128x128: x[R, C] bf16 -> values[R, Cp], scales[R/128, C/128].
 
 For weights, so that W and W.T quantize alike. Cp is C rounded up to 16, and the padding is zero;
-last blocks may be short. Arithmetic: ``lpcompile.ops.fp8``; kernel: ``quantize_fp8_block``.
+last blocks may be short. Rows of the scales lie multiples of 16 bytes apart, as cuBLASLt reads
+them. Arithmetic: ``lpcompile.ops.fp8``; kernel: ``quantize_fp8_block``.
 """
 
 import torch
@@ -19,12 +20,15 @@ agrees = same_bits
 def outputs(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
     R, C = x.shape
     values = x.new_empty((R, round_up(C, ALIGN)), dtype=element)
-    blocks = (round_up(R, BLOCK) // BLOCK, round_up(C, BLOCK) // BLOCK)
-    return values, x.new_empty(blocks, dtype=torch.float32)
+    rows, columns = round_up(R, BLOCK) // BLOCK, round_up(C, BLOCK) // BLOCK
+    scales = x.new_empty((rows, round_up(columns, 4)), dtype=torch.float32)
+    return values, scales[:, :columns]
 
 
 def reference(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
-    return quantize_fp8_block.by_blocks(x, BLOCK, element, pow2)
+    values, scales = quantize_fp8_block.by_blocks(x, BLOCK, element, pow2)
+    padded = outputs(x, element, pow2)[1]
+    return values, padded.copy_(scales)
 
 
 def launch(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:

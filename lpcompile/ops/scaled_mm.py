@@ -9,7 +9,6 @@ result would be wrong.
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from lpcompile.ops import (
@@ -42,7 +41,7 @@ def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     wide, scales = values.to(dtype), scales.to(dtype)
     if scales.dim() == 1:
         return wide * scales[:, None]  # [1] broadcasts
-    rows = 1 if scales.shape[0] == values.shape[0] else BLOCK
+    rows = BLOCK if _is_square(values, scales) else 1
     spread = scales.repeat_interleave(BLOCK, 1).repeat_interleave(rows, 0)
     return wide * spread[: values.shape[0], : values.shape[1]]
 
@@ -96,9 +95,7 @@ def launch(
         rows = a_scale.expand(a.shape[0])[:, None], b_scale.expand(b.shape[0])[None, :]
         made = _scaled_mm(a, rows[0], b, rows[1], torch.bfloat16, fast_accum)
     else:
-        made = _scaled_mm(
-            a, _outer_major(a_scale), b, _outer_major(b_scale).t(), torch.bfloat16, fast_accum
-        )
+        made = _scaled_mm(a, a_scale, b, b_scale.t(), torch.bfloat16, fast_accum)
     return made[:, :N].to(out_dtype).contiguous()
 
 
@@ -109,21 +106,20 @@ def _scaled_mm(
     return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast)
 
 
-def _outer_major(scales: Tensor) -> Tensor:
-    """The same scales with rows adjacent in memory, as cuBLASLt's block scaling reads them."""
-    return scales.t().contiguous().t()
-
-
 def _pad_rows(b: Tensor, b_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """b[N, K] with zero rows up to a multiple of 16, and its scales with it."""
-    N = b.shape[0]
-    extra = round_up(N, ALIGN) - N
-    b = torch.cat([b.view(torch.uint8), b.new_zeros((extra, b.shape[1])).view(torch.uint8)]).view(
-        b.dtype
-    )
-    if b_scale.shape[0] == N and N > 1 and not (b_scale.dim() == 2 and triton.cdiv(N, BLOCK) == N):
-        b_scale = torch.cat([b_scale, b_scale.new_ones((extra, *b_scale.shape[1:]))])
-    return b, b_scale
+    """b[N, K] with zero rows up to a multiple of 16, and scales for them where they go by row."""
+    extra = round_up(b.shape[0], ALIGN) - b.shape[0]
+    padded = torch.nn.functional.pad(b.view(torch.uint8), (0, 0, 0, extra)).view(b.dtype)
+    if b_scale.numel() == 1:
+        return padded, b_scale
+    rows = round_up(padded.shape[0], BLOCK) // BLOCK if _is_square(b, b_scale) else padded.shape[0]
+    more = torch.nn.functional.pad(b_scale.t(), (0, rows - b_scale.shape[0]), value=1.0).t()
+    return padded, b_scale if rows == b_scale.shape[0] else more
+
+
+def _is_square(values: Tensor, scales: Tensor) -> bool:
+    """Whether scales are of 128x128, not of 1x128 or rows; where both fit they are the same."""
+    return scales.dim() == 2 and scales.shape[0] != values.shape[0]
 
 
 op = define(

@@ -1,0 +1,126 @@
+"""A pointwise program: what fused kernels compute before they quantize, as text in an op's schema.
+
+    "full row column; float v0 = i0; float v1 = mul(v0, i1); bf16 v2 = mul(v1, i2); v2"
+
+First how each input broadcasts to [M, C]: full [M, C], row [M, 1], column [C], scalar []. Then one
+statement a value: its dtype, which it is rounded to, its name, and a call or a plain copy. Last the
+results. Arithmetic is fp32, as Inductor's and eager's is for bf16 tensors.
+
+One text serves the torch reference (``run``) and the Triton kernel (``to_triton``).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+KINDS = ("full", "row", "column", "scalar")
+DTYPES = {"bf16": torch.bfloat16, "float": torch.float32, "bool": torch.bool}
+
+# name -> (torch on fp32 tensors, Triton on fp32 tiles)
+OPS: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "abs": (torch.abs, "tl.abs({0})"),
+    "add": (torch.add, "{0} + {1}"),
+    "div": (torch.true_divide, "tl.div_rn({0}, {1})"),
+    "eq": (torch.eq, "{0} == {1}"),
+    "erf": (torch.erf, "tl.erf({0})"),
+    "exp": (torch.exp, "tl.exp({0})"),
+    "ge": (torch.ge, "{0} >= {1}"),
+    "gt": (torch.gt, "{0} > {1}"),
+    "le": (torch.le, "{0} <= {1}"),
+    "lt": (torch.lt, "{0} < {1}"),
+    "mul": (torch.mul, "{0} * {1}"),
+    "ne": (torch.ne, "{0} != {1}"),
+    "neg": (torch.neg, "-{0}"),
+    "reciprocal": (torch.reciprocal, "tl.div_rn(1.0, {0})"),
+    "relu": (torch.relu, "tl.where({0} < 0, 0.0, {0})"),
+    "rsqrt": (torch.rsqrt, "tl.rsqrt({0})"),
+    "sigmoid": (torch.sigmoid, "tl.sigmoid({0})"),
+    "sqrt": (torch.sqrt, "tl.sqrt_rn({0})"),
+    "sub": (torch.sub, "{0} - {1}"),
+    "where": (torch.where, "tl.where({0}, {1}, {2})"),
+}
+
+
+@dataclass(frozen=True)
+class Statement:
+    """``dtype name = op(args)``; op is empty for a copy."""
+
+    dtype: str
+    name: str
+    op: str
+    args: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Kinds of the inputs, statements in order, names of the results."""
+
+    kinds: tuple[str, ...]
+    statements: tuple[Statement, ...]
+    results: tuple[str, ...]
+
+    def text(self) -> str:
+        """The program as the schema carries it; ``parse`` reads it back."""
+        lines = [" ".join(self.kinds)]
+        for s in self.statements:
+            call = f"{s.op}({', '.join(s.args)})" if s.op else s.args[0]
+            lines.append(f"{s.dtype} {s.name} = {call}")
+        return "; ".join([*lines, " ".join(self.results)])
+
+
+IDENTITY = Program(("full",), (), ("i0",)).text()
+
+
+@cache
+def parse(text: str) -> Program:
+    """A Program from its text."""
+    first, *lines, last = text.split("; ")
+    statements = []
+    for line in lines:
+        head, call = line.split(" = ")
+        dtype, name = head.split(" ")
+        op, _, rest = call.partition("(")
+        args = tuple(rest.rstrip(")").split(", ")) if rest else (op,)
+        statements.append(Statement(dtype, name, op if rest else "", args))
+    return Program(tuple(first.split(" ")), tuple(statements), tuple(last.split(" ")))
+
+
+def run(program: Program, inputs: list[Tensor]) -> list[Tensor]:
+    """The results [M, C] in torch: each value computed in fp32, then rounded to its dtype."""
+    values: dict[str, Tensor] = {}
+    for i, (kind, x) in enumerate(zip(program.kinds, inputs, strict=True)):
+        values[f"i{i}"] = {"row": lambda x: x.view(-1, 1), "column": lambda x: x.view(1, -1)}.get(
+            kind, lambda x: x
+        )(x)
+
+    def operand(name: str) -> Tensor:
+        x = values[name] if name in values else torch.tensor(float(name), device=inputs[0].device)
+        return x.float() if x.dtype is torch.bfloat16 else x
+
+    for s in program.statements:
+        args = [operand(a) for a in s.args]
+        made = OPS[s.op][0](*args) if s.op else args[0]
+        values[s.name] = made.to(DTYPES[s.dtype])
+    return [values[r] for r in program.results]
+
+
+def to_triton(program: Program) -> list[str]:
+    """Lines that compute the results as tiles, from tiles named ``i0``, ``i1``, ..."""
+    lines = []
+    for i in range(len(program.kinds)):
+        lines.append(f"f_i{i} = i{i}.to(tl.float32)")
+    for s in program.statements:
+        args = [a if a[0] not in "iv" else f"f_{a}" for a in s.args]
+        made = OPS[s.op][1].format(*args) if s.op else args[0]
+        if s.dtype == "bool":
+            lines.append(f"f_{s.name} = {made}")
+            continue
+        if s.dtype == "bf16":
+            lines.append(f"{s.name} = ({made}).to(tl.bfloat16)")
+            lines.append(f"f_{s.name} = {s.name}.to(tl.float32)")
+        else:
+            lines.append(f"f_{s.name} = {made}")
+    return lines
