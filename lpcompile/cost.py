@@ -10,7 +10,7 @@ looks at the machine it runs on: what is narrowed must not depend on it.
 Quantization is charged in full, unfused: a lowering that fuses it into the producer only makes a
 decision for it better. What several GEMMs read (the input of w1 and w3, of q, k and v) is quantized
 once, so each pays its share: ``readers``. Charging every reader in full leaves wgrad of a small k
-or v projection in bf16 (8B: 210 us, narrowed 256 us alone, 188 us as one of three).
+or v projection in bf16 (8B: 210 us, narrowed 256 us alone, 187 us as one of three).
 """
 
 from collections.abc import Callable, Mapping
