@@ -1,0 +1,80 @@
+"""What is compared: plain Inductor, every recipe, and compiled torchao where it can be imported."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lpcompile.backend import lowprec
+from lpcompile.bench.machine import version_of
+
+BASELINE = "bf16"
+TORCHAO = ("tensorwise", "rowwise")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to compile. ``convert`` may change the modules; ``compile`` has Module.compile's keys.
+
+    is_peer: another library, whose failure is a row and not an error.
+    """
+
+    name: str
+    compile: dict[str, Any]
+    recipe: str = ""
+    convert: Callable[[nn.Module], nn.Module] = lambda module: module
+    is_peer: bool = False
+
+    def apply(self, module: nn.Module) -> nn.Module:
+        """The module, compiled in place."""
+        module = self.convert(module)
+        module.compile(**self.compile)
+        return module
+
+
+def choose(
+    recipes: Sequence[str], options: dict[str, Any], *, max_autotune: bool, peers: bool
+) -> list[Variant]:
+    """The baseline first, then what was asked for. ``options`` are the backend's, for the recipes.
+
+    With codegen="eager" among the options nothing goes through Inductor: the baseline is aot_eager.
+    """
+    if options.get("codegen") == "eager":
+        variants = [Variant(BASELINE, {"backend": "aot_eager", "fullgraph": True})]
+    else:
+        variants = [Variant(BASELINE, {"fullgraph": True})]
+    if max_autotune:
+        autotuned = {"fullgraph": True, "options": {"max_autotune_gemm": True}}
+        variants.append(Variant("bf16 max-autotune", autotuned))
+    for recipe in recipes:
+        settings = {**options, "recipe": recipe}
+        how = {"backend": lowprec, "fullgraph": True, "options": settings}
+        variants.append(Variant(recipe, how, recipe=recipe))
+    if peers and version_of("torchao"):
+        variants += [_torchao(recipe) for recipe in TORCHAO]
+    return variants
+
+
+def _torchao(recipe: str) -> Variant:
+    def convert(module: nn.Module) -> nn.Module:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        config = Float8LinearConfig.from_recipe_name(recipe)
+        return convert_to_float8_training(module, config=config)
+
+    name = f"torchao {version_of('torchao')} {recipe}"
+    return Variant(name, {"fullgraph": True}, convert=convert, is_peer=True)
+
+
+def warm_up(variants: Sequence[Variant], device: torch.device) -> None:
+    """Compile a small linear each way, so that no variant's compile time holds imports."""
+    for variant in variants:
+        module: nn.Module = nn.Linear(64, 64, bias=False, device=device, dtype=torch.bfloat16)
+        try:
+            module = variant.apply(module)
+            module(torch.ones(64, 64, device=device, dtype=torch.bfloat16)).sum().backward()
+        except Exception:
+            if not variant.is_peer:
+                raise
