@@ -9,6 +9,7 @@ from torch import nn
 
 from lpcompile.backend import lowprec
 from lpcompile.bench.machine import version_of
+from lpcompile.bench.models import LLAMAS, build
 
 BASELINE = "bf16"
 TORCHAO = ("tensorwise", "rowwise")
@@ -69,12 +70,12 @@ def _torchao(recipe: str) -> Variant:
 
 
 def warm_up(variants: Sequence[Variant], device: torch.device) -> None:
-    """Compile a small linear each way, so that no variant's compile time holds imports."""
+    """Compile a small layer each way, so that no variant's compile time holds imports."""
+    model = LLAMAS["tiny"]
     for variant in variants:
-        module: nn.Module = nn.Linear(64, 64, bias=False, device=device, dtype=torch.bfloat16)
+        x = torch.ones(1, 32, model.dim, device=device, dtype=torch.bfloat16)
         try:
-            module = variant.apply(module)
-            module(torch.ones(64, 64, device=device, dtype=torch.bfloat16)).sum().backward()
+            variant.apply(build("ffn", model, device))(x).sum().backward()
         except Exception:
             if not variant.is_peer:
                 raise
