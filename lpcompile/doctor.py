@@ -25,7 +25,7 @@ TESTED = ("2.11", "2.13")  # torch
 # What multiplies each kind of GEMM in hardware, by compute capability; the rest is emulated.
 NATIVE: dict[tuple[str, str], Callable[[tuple[int, int]], bool]] = {
     ("fp8", "tensor"): lambda capability: capability >= (8, 9),
-    ("fp8", "row"): lambda capability: capability >= (9, 0),
+    ("fp8", "row"): lambda capability: capability >= (8, 9),
     ("fp8", "square"): lambda capability: capability[0] == 9,
     ("fp8", "block"): lambda capability: capability[0] == 9,
 }

@@ -12,7 +12,7 @@ import torch
 
 from lpcompile.bench import gemms, kernels, layers, profile, report, training, variants
 from lpcompile.bench.machine import CPU_NOTE, describe, watch_clocks
-from lpcompile.bench.models import LLAMAS, Llama
+from lpcompile.bench.models import EXPERTS, LLAMAS, Llama, experts_layer, llama_layer
 from lpcompile.bench.report import Result
 from lpcompile.errors import OptionError
 from lpcompile.options import parse
@@ -31,6 +31,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         command = _command(commands, part, what, _layer)
         _add_variants(command)
         command.add_argument("--tp", type=int, default=1, help="one rank's shard of so many")
+    what = "forward + backward of SwiGLU experts, grouped GEMMs"
+    command = _command(commands, "experts", what, _experts, list(EXPERTS))
+    _add_variants(command)
+    command.add_argument("--ragged", action="store_true", help="groups of any size, not of 16 n")
     command = _command(commands, "gemm", "every GEMM of a block, product by product", _gemm)
     _add_recipes(command, [name for name, r in RECIPES.items() if not r.is_bf16])
     command = _command(commands, "kernels", "every quantize and amax kernel", _kernels)
@@ -53,17 +57,17 @@ def _command(
     name: str,
     what: str,
     measure: Callable[[argparse.Namespace, torch.device], list[Result]],
+    models: Sequence[str] = tuple(LLAMAS),
 ) -> argparse.ArgumentParser:
     """A subcommand with the arguments that all of them take."""
     command = commands.add_parser(name, help=what, description=what)
-    command.add_argument("--model", nargs="+", choices=LLAMAS, help="default: llama3-8b on a GPU")
-    command.add_argument(
-        "--tokens", nargs="+", type=int, help=f"default: the model's; a sweep: {SWEEP}"
-    )
+    command.add_argument("--model", nargs="+", choices=models, help=f"default: {models[0]}")
+    if models == tuple(LLAMAS):
+        command.add_argument("--tokens", nargs="+", type=int, help=f"a sweep: {SWEEP}")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--repeats", type=int, default=30)
     command.add_argument("--json", type=Path, help="write the results here too")
-    command.set_defaults(run=lambda args: _run(measure, args))
+    command.set_defaults(run=lambda args: _run(measure, args), first=models[0])
     return command
 
 
@@ -85,6 +89,7 @@ def _run(
 ) -> int:
     """Measure, print, save; 1 where something of ours failed."""
     device = torch.device(args.device)
+    args.model = args.model or ["tiny" if device.type == "cpu" else args.first]
     if args.repeats < 2:
         raise OptionError(f"a median needs repetitions: --repeats is {args.repeats}, make it 30")
     for recipe in getattr(args, "recipes", ()):
@@ -110,13 +115,13 @@ def _result(title: str, device: torch.device) -> Result:
 
 def _models(args: argparse.Namespace) -> list[Llama]:
     """Every model asked for, on every number of tokens asked for."""
-    names = args.model or (["tiny"] if args.device == "cpu" else ["llama3-8b"])
-    models = [LLAMAS[name].shard(getattr(args, "tp", 1)) for name in names]
+    models = [LLAMAS[name].shard(getattr(args, "tp", 1)) for name in args.model]
     return [m.with_tokens(t) for m in models for t in args.tokens] if args.tokens else models
 
 
 def _variants(args: argparse.Namespace, device: torch.device) -> list[variants.Variant]:
-    chosen = variants.choose(
+    choose = variants.choose_for_experts if args.benchmark == "experts" else variants.choose
+    chosen = choose(
         args.recipes, args.options, max_autotune=args.max_autotune, peers=not args.no_peers
     )
     variants.warm_up(chosen, device)
@@ -127,7 +132,17 @@ def _layer(args: argparse.Namespace, device: torch.device) -> list[Result]:
     result = _result(f"{args.benchmark}: forward + backward", device)
     chosen = _variants(args, device)
     for model in _models(args):
-        result.rows += layers.compare(args.benchmark, model, chosen, device, args.repeats)
+        layer = llama_layer(args.benchmark, model)
+        result.rows += layers.compare(layer, chosen, device, args.repeats)
+    return [result]
+
+
+def _experts(args: argparse.Namespace, device: torch.device) -> list[Result]:
+    result = _result("experts: forward + backward", device)
+    chosen = _variants(args, device)
+    for name in args.model:
+        layer = experts_layer(EXPERTS[name], ragged=args.ragged)
+        result.rows += layers.compare(layer, chosen, device, args.repeats)
     return [result]
 
 
@@ -149,7 +164,7 @@ def _kernels(args: argparse.Namespace, device: torch.device) -> list[Result]:
 def _profile(args: argparse.Namespace, device: torch.device) -> list[Result]:
     chosen, results = _variants(args, device), []
     for model in _models(args):
-        seen = profile.measure(args.part, model, chosen, device)
+        seen = profile.measure(llama_layer(args.part, model), chosen, device)
         about = f"{model.name} {args.part}, {model.tokens} tokens"
         results.append(replace(_result(f"profile: {about}", device), rows=profile.summary(seen)))
         listing = _result(f"profile: every kernel of {about}", device)

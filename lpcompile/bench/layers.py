@@ -1,11 +1,11 @@
-"""``bench ffn`` and ``bench block``: forward and backward of one layer, each way to compile it.
+"""``bench ffn``, ``block`` and ``experts``: forward and backward of one layer, however compiled.
 
 ms          median of one forward + backward, gradients of the input included
 spread      (90th percentile - 10th) / median
 speedup     bf16's ms / this ms; predicted: the cost model's, from bf16's measured ms
 peak GiB    most memory allocated in a step: weights, gradients, what is saved and temporaries
 compile s   to the end of the first forward + backward, with empty caches
-dx error    |dx - dx of bf16| / |dx of bf16|: 0 would mean that nothing was narrowed
+dw error    |dw - dw of bf16| / |dw of bf16|, all weights: 0 where nothing was narrowed
 """
 
 import time
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
 from lpcompile import cost
-from lpcompile.bench import models
-from lpcompile.bench.models import Llama
+from lpcompile.bench.models import Layer, built
 from lpcompile.bench.report import Row
 from lpcompile.bench.timing import interleave, synchronize
-from lpcompile.bench.variants import Variant
+from lpcompile.bench.variants import Variant, static_shapes
 from lpcompile.recipes import PRODUCTS, get_recipe
 
 WARM_STEPS = 3
@@ -35,28 +34,29 @@ class Candidate:
     step: Callable[[], object]
     peak_gib: float | None
     compile_s: float
-    dx: Tensor
+    dw: list[Tensor]
+    dw_error: float = 0.0
 
 
 def compare(
-    part: str, model: Llama, variants: Sequence[Variant], device: torch.device, repeats: int
+    layer: Layer, variants: Sequence[Variant], device: torch.device, repeats: int
 ) -> list[Row]:
-    """One row a variant for an "ffn" or a "block" of the model; the first variant is the baseline.
+    """One row a variant; the first variant is the baseline.
 
     A variant that raises gives a row that says so: the others' numbers are not lost.
     """
     torch._dynamo.reset()
-    shape = (model.batch, model.sequence, model.dim)
-    x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
-    dy = torch.randn_like(x)
+    inputs = layer.inputs(device)
+    dy = torch.randn_like(inputs[0])
     ready: list[Candidate] = []
     failures: dict[str, Row] = {}
-    # Every variant compiles the same code object, so Dynamo's limit of 8 would be met.
-    with torch._dynamo.config.patch(recompile_limit=64):
+    with static_shapes():
         for variant in variants:
-            torch.manual_seed(0)
             try:
-                ready.append(_prepare(variant, models.build(part, model, device), x, dy))
+                ready.append(_prepare(variant, built(layer, device), inputs, dy))
+                ready[-1].dw_error = _distance(ready[-1].dw, ready[0].dw)
+                if len(ready) > 1:
+                    ready[-1].dw.clear()
             except Exception as error:  # whatever a compiler raises
                 failures[variant.name] = failure(variant, error)
         if not ready or ready[0].variant is not variants[0]:
@@ -70,14 +70,14 @@ def compare(
             "ms": timings[name].ms,
             "spread": timings[name].spread,
             "speedup": before / timings[name].ms,
-            "predicted speedup": predicted(part, model, candidate.variant.recipe, before),
+            "predicted speedup": predicted(layer, candidate.variant.recipe, before),
             "peak GiB": candidate.peak_gib,
             "peak ratio": ratio(candidate.peak_gib, base.peak_gib),
             "compile s": candidate.compile_s,
             "compile ratio": candidate.compile_s / base.compile_s,
-            "dx error": float((candidate.dx - base.dx).norm() / base.dx.norm()),
+            "dw error": candidate.dw_error,
         }
-    head = {"model": model.name, "tokens": model.tokens}
+    head = {"model": layer.model, "tokens": layer.tokens}
     return [head | {"variant": v.name} | (rows | failures)[v.name] for v in variants]
 
 
@@ -92,7 +92,7 @@ def ratio(part: float | None, whole: float | None) -> float | None:
     return part / whole if part and whole else None
 
 
-def predicted(part: str, model: Llama, recipe: str, bf16_ms: float) -> float | None:
+def predicted(layer: Layer, recipe: str, bf16_ms: float) -> float | None:
     """The speedup that the cost model expects of a layer that takes bf16_ms; None without a recipe.
 
     What is not a GEMM, and a GEMM that does not pay, takes as long as before.
@@ -100,21 +100,40 @@ def predicted(part: str, model: Llama, recipe: str, bf16_ms: float) -> float | N
     if not recipe:
         return None
     saved_us = 0.0
-    for linear in models.linears(model, part):
+    for linear in layer.linears:
+        how = get_recipe(recipe)
+        how = (how.grouped or how) if linear.num_groups > 1 else how
         # x is the lhs of fprop and the rhs of wgrad.
         readers = {"fprop": (linear.readers, 1), "dgrad": (1, 1), "wgrad": (1, linear.readers)}
         for product in PRODUCTS:
-            gemm = get_recipe(recipe).gemm(product)
-            if gemm is not None:
-                shape, target = (model.tokens, linear.n, linear.k), cost.target_for(gemm)
-                e = cost.gain(product, gemm, *shape, target, readers=readers[product])
-                saved_us += max(0.0, e.bf16_us - e.lowprec_us)
+            gemm = how.gemm(product)
+            if gemm is None:
+                continue
+            e = cost.gain(
+                product,
+                gemm,
+                layer.tokens,
+                linear.n,
+                linear.k,
+                cost.target_for(gemm),
+                num_groups=linear.num_groups,
+                readers=readers[product],
+            )
+            saved_us += max(0.0, e.bf16_us - e.lowprec_us)
     return bf16_ms / max(bf16_ms - saved_us / 1e3, 0.1 * bf16_ms)
 
 
-def _prepare(variant: Variant, module: nn.Module, x: Tensor, dy: Tensor) -> Candidate:
+def _distance(made: list[Tensor], expected: list[Tensor]) -> float:
+    """|made - expected| / |expected| over all tensors together."""
+    apart = sum((a.float() - b.float()).square().sum() for a, b in zip(made, expected, strict=True))
+    return float((apart / sum(b.float().square().sum() for b in expected)) ** 0.5)
+
+
+def _prepare(
+    variant: Variant, module: nn.Module, inputs: tuple[Tensor, ...], dy: Tensor
+) -> Candidate:
     """Compile with empty caches, and measure the memory of one step."""
-    on_gpu = x.device.type == "cuda"
+    x, on_gpu = inputs[0], dy.device.type == "cuda"
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     module = variant.apply(module)
     x.grad = None
@@ -122,7 +141,7 @@ def _prepare(variant: Variant, module: nn.Module, x: Tensor, dy: Tensor) -> Cand
     def step() -> None:
         module.zero_grad(set_to_none=True)
         x.grad = None
-        module(x).backward(dy)
+        module(*inputs).backward(dy)
 
     before = torch.cuda.memory_allocated() - weights if on_gpu else 0
     with fresh_cache():
@@ -138,9 +157,10 @@ def _prepare(variant: Variant, module: nn.Module, x: Tensor, dy: Tensor) -> Cand
         torch.cuda.reset_peak_memory_stats()
         step()
         peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    if x.grad is None:
-        raise RuntimeError(f"{variant.name} made no gradient of its input")
-    dx = x.grad.float()
+    missing = [name for name, p in module.named_parameters() if p.grad is None]
+    if missing or x.grad is None:
+        raise RuntimeError(f"{variant.name} made no gradient of {missing or 'the input'}")
+    dw = [p.grad for p in module.parameters() if p.grad is not None]
     module.zero_grad(set_to_none=True)
     x.grad = None
-    return Candidate(variant, step, peak, seconds, dx)
+    return Candidate(variant, step, peak, seconds, dw)

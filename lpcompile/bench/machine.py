@@ -45,12 +45,13 @@ def version_of(package: str) -> str:
 
 @contextmanager
 def watch_clocks(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Fills the dict it yields with the SM clock and the power drawn while the body ran."""
+    """Fills the dict it yields with the SM clock and the power drawn while the GPU was busy."""
     seen: dict[str, Any] = {}
     if device.type != "cuda":
         yield seen
         return
-    command = [*_smi_command(device, ["clocks.sm", "power.draw"]), "-lms", "100"]
+    fields = ["clocks.sm", "power.draw", "utilization.gpu"]
+    command = [*_smi_command(device, fields), "-lms", "100"]
     try:
         watcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     except OSError:
@@ -61,9 +62,9 @@ def watch_clocks(device: torch.device) -> Iterator[dict[str, Any]]:
     finally:
         watcher.terminate()
         samples = [_numbers(line) for line in watcher.communicate()[0].splitlines()]
-        samples = [s for s in samples if len(s) == 2]
+        samples = [s for s in samples if len(s) == len(fields) and s[2] > 50]
         if samples:
-            clocks, watts = zip(*samples, strict=True)
+            clocks, watts, _ = zip(*samples, strict=True)
             seen["SM MHz"] = f"median {median(clocks):.0f}, lowest {min(clocks):.0f}"
             seen["W drawn"] = f"median {median(watts):.0f}, highest {max(watts):.0f}"
 

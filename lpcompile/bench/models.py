@@ -4,6 +4,7 @@ A Block has no rotary embedding and an FFN has its norm and its residual, as pub
 of FP8 training have them: what is left out costs every variant the same.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -97,13 +98,50 @@ LLAMAS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Sizes of the SwiGLU experts that one GPU holds, and the rows that reach them in a step."""
+
+    name: str
+    num_experts: int
+    rows: int
+    dim: int
+    hidden: int
+
+    def offsets(self, *, ragged: bool) -> Tensor:
+        """Where the rows of each expert end, int32; group sizes differ by up to 4 times.
+
+        Sizes are multiples of 16, or of 1 where ragged.
+        """
+        generator = torch.Generator().manual_seed(1)
+        share = torch.rand(self.num_experts, generator=generator) + 0.3
+        step = 1 if ragged else 16
+        sizes = (share / share.sum() * self.rows / step).long() * step
+        sizes[-1] += self.rows - sizes.sum()
+        return sizes.cumsum(0).to(torch.int32)
+
+
+EXPERTS = {
+    name: Experts(name=name, num_experts=e, rows=rows, dim=dim, hidden=hidden)
+    for name, e, rows, dim, hidden in (
+        ("deepseek-v3-16b", 64, 98304, 2048, 1408),
+        ("deepseek-v3-16b-ep8", 8, 196608, 2048, 1408),
+        ("deepseek-v3-671b", 8, 65536, 7168, 2048),
+        ("llama4-scout", 4, 65536, 5120, 8192),
+        ("qwen3-30b", 128, 131072, 2048, 768),
+        ("tiny", 4, 256, 64, 128),
+    )
+}
+
+
 class Linear(NamedTuple):
-    """W[n, k], and how many linears read the same input."""
+    """W[n, k], one for each of num_groups, and how many linears read the same input."""
 
     name: str
     n: int
     k: int
     readers: int
+    num_groups: int = 1
 
 
 def linears(model: Llama, part: str) -> tuple[Linear, ...]:
@@ -194,7 +232,82 @@ class Transformer(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def build(part: str, model: Llama, device: torch.device) -> nn.Module:
-    """An "ffn" or a "block" in bf16 on the device, from the seed in force."""
+class Routed(nn.Module):
+    """x[rows, dim], offs[E] -> SwiGLU experts, each on its own rows."""
+
+    def __init__(self, model: Experts) -> None:
+        super().__init__()
+        self.experts = GroupedSwiGLU(model.num_experts, model.dim, model.hidden)
+
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        return self.experts(x, offs)
+
+
+class GroupedSwiGLU(nn.Module):
+    """x[T, D] -> w2[e] (silu(w1[e] x) * w3[e] x), e the group of the row."""
+
+    def __init__(self, num_experts: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(num_experts, hidden, dim) * dim**-0.5)
+        self.w3 = nn.Parameter(torch.randn(num_experts, hidden, dim) * dim**-0.5)
+        self.w2 = nn.Parameter(torch.randn(num_experts, dim, hidden) * hidden**-0.5)
+
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        def grouped(x: Tensor, w: Tensor) -> Tensor:
+            return torch._grouped_mm(x, w.transpose(-2, -1), offs=offs)
+
+        return grouped(F.silu(grouped(x, self.w1)) * grouped(x, self.w3), self.w2)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Something to take a forward and a backward through.
+
+    inputs: of which the first needs a gradient, as a function of the device.
+    linears: what the cost model predicts from.
+    """
+
+    model: str
+    tokens: int
+    build: Callable[[], nn.Module]
+    inputs: Callable[[torch.device], tuple[Tensor, ...]]
+    linears: tuple[Linear, ...]
+
+
+def llama_layer(part: str, model: Llama) -> Layer:
+    """An "ffn" or a "block" on [batch, sequence, dim]."""
+    shape = (model.batch, model.sequence, model.dim)
+    return Layer(
+        model.name,
+        model.tokens,
+        lambda: {"ffn": FFN, "block": Block}[part](model),
+        lambda device: (_leaf(shape, device),),
+        linears(model, part),
+    )
+
+
+def experts_layer(model: Experts, *, ragged: bool) -> Layer:
+    """Experts on [rows, dim], the rows sorted by expert."""
+    offs, E = model.offsets(ragged=ragged), model.num_experts
+    return Layer(
+        f"{model.name} ragged" if ragged else model.name,
+        model.rows,
+        lambda: Routed(model),
+        lambda device: (_leaf((model.rows, model.dim), device), offs.to(device)),
+        (
+            Linear("w1, w3", model.hidden, model.dim, 2, E),
+            Linear("w1, w3", model.hidden, model.dim, 2, E),
+            Linear("w2", model.dim, model.hidden, 1, E),
+        ),
+    )
+
+
+def built(layer: Layer, device: torch.device) -> nn.Module:
+    """The layer's module in bf16 on the device, from seed 0."""
+    torch.manual_seed(0)
     with torch.device(device):
-        return {"ffn": FFN, "block": Block}[part](model).to(torch.bfloat16)
+        return layer.build().to(torch.bfloat16)
+
+
+def _leaf(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)

@@ -8,17 +8,16 @@ GEMM, attention, other
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from lpcompile.bench import models
-from lpcompile.bench.models import Llama
+from lpcompile.bench.models import Layer, built
 from lpcompile.bench.report import Row
 from lpcompile.bench.timing import synchronize
-from lpcompile.bench.variants import Variant
+from lpcompile.bench.variants import Variant, static_shapes
 from lpcompile.errors import LowPrecisionError
 
 # The first that is found in "<op that launched it> <kernel>" says what a kernel is.
@@ -54,23 +53,21 @@ class Kernel(NamedTuple):
 
 
 def measure(
-    part: str, model: Llama, variants: Sequence[Variant], device: torch.device
+    layer: Layer, variants: Sequence[Variant], device: torch.device
 ) -> dict[str, list[Kernel]]:
     """The kernels of one step of each variant, after three steps that are not counted."""
     torch._dynamo.reset()
-    shape = (model.batch, model.sequence, model.dim)
-    x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
-    dy = torch.randn_like(x)
+    inputs = layer.inputs(device)
+    dy = torch.randn_like(inputs[0])
     made = {}
-    with torch._dynamo.config.patch(recompile_limit=64):
+    with static_shapes():
         for variant in variants:
-            torch.manual_seed(0)
-            module = variant.apply(models.build(part, model, device))
+            module = variant.apply(built(layer, device))
 
             def step(module: torch.nn.Module = module) -> None:
                 module.zero_grad(set_to_none=True)
-                x.grad = None
-                module(x).backward(dy)
+                inputs[0].grad = None
+                module(*inputs).backward(dy)
 
             for _ in range(3):
                 step()
@@ -79,7 +76,7 @@ def measure(
 
 
 def kernels(step: Callable[[], object], device: torch.device) -> list[Kernel]:
-    """What ran on the GPU during a step, in order; on a CPU its innermost ops."""
+    """What ran on the GPU during a step, in order; on a CPU the outermost ops."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     synchronize(device)
@@ -92,7 +89,7 @@ def kernels(step: Callable[[], object], device: torch.device) -> list[Kernel]:
     if on_gpu:
         ran = [e for e in events if e.device_type() == DeviceType.CUDA]
     else:
-        ran = _innermost([e for e in events if "::" in e.name()])
+        ran = _outermost([e for e in events if e.name().startswith(("aten::", "lpcompile::"))])
     if not ran:
         raise LowPrecisionError(
             "the profiler saw no kernel: on a GPU it needs CUPTI, which comes with torch's wheels"
@@ -109,29 +106,30 @@ def kernels(step: Callable[[], object], device: torch.device) -> list[Kernel]:
     ]
 
 
-def _innermost(events: list[torch._C._autograd._KinetoEvent]) -> list:  # type: ignore[type-arg]
-    """The events that hold no other of their thread."""
-    events = sorted(events, key=lambda e: (e.start_thread_id(), e.start_ns(), -e.duration_ns()))
-    following = [*events[1:], None]
-    return [
-        e
-        for e, after in zip(events, following, strict=True)
-        if after is None
-        or after.start_thread_id() != e.start_thread_id()
-        or after.start_ns() >= e.start_ns() + e.duration_ns()
-    ]
+def _outermost(events: list[Any]) -> list[Any]:
+    """The events that lie in no other of their thread."""
+    kept: list[Any] = []
+    for event in sorted(events, key=lambda e: (e.start_thread_id(), e.start_ns(), -e.end_ns())):
+        last = kept[-1] if kept else None
+        if (
+            last is None
+            or last.start_thread_id() != event.start_thread_id()
+            or last.end_ns() <= event.start_ns()
+        ):
+            kept.append(event)
+    return kept
 
 
 def summary(seen: dict[str, list[Kernel]]) -> list[Row]:
-    """Milliseconds and share of each kind of kernel, one row a variant."""
-    rows = []
+    """Milliseconds and share of each kind of kernel in each variant."""
+    rows: list[Row] = []
     for variant, ran in seen.items():
         total = sum(k.ms for k in ran)
-        row: Row = {"variant": variant, "kernels": len(ran), "total ms": total}
         for kind in COLORS:
-            ms = sum(k.ms for k in ran if k.kind == kind)
-            row[f"{kind} ms"], row[f"{kind} share"] = ms, ms / total
-        rows.append(row)
+            same = [k.ms for k in ran if k.kind == kind]
+            head = {"variant": variant, "kind": kind, "kernels": len(same)}
+            rows.append(head | {"ms": sum(same, 0.0), "share": sum(same) / total})
+        rows.append({"variant": variant, "kind": "all", "kernels": len(ran), "ms": total})
     return rows
 
 
@@ -154,11 +152,10 @@ def picture(seen: dict[str, list[Kernel]], path: Path) -> None:
             "a picture needs matplotlib: pip install 'lpcompile[inspect]'"
         ) from error
     figure, axes = pyplot.subplots(figsize=(12, 1 + 0.7 * len(seen)))
-    for ran in seen.values():
+    for row, ran in enumerate(seen.values()):
         at = 0.0
         for kernel in ran:
-            color = COLORS[kernel.kind]
-            axes.barh(list(seen.values()).index(ran), kernel.ms, 0.7, at, color=color)
+            axes.barh(row, kernel.ms, 0.7, at, color=COLORS[kernel.kind])
             at += kernel.ms
     axes.set_yticks(range(len(seen)), list(seen))
     axes.invert_yaxis()

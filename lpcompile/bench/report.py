@@ -65,7 +65,7 @@ def cell(column: str, value: Any) -> str:
 
 def show(result: Result, console: Console | None = None) -> None:
     """Print the table, its notes and what it was measured on."""
-    console = console or Console(width=None if Console().is_terminal else 160)
+    console = console or Console(width=None if Console().is_terminal else 200)
     table = Table(title=result.benchmark, title_justify="left")
     for column in result.columns:
         numeric = any(isinstance(row.get(column), int | float) for row in result.rows)

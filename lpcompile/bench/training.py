@@ -17,7 +17,7 @@ from lpcompile.bench.layers import failure, ratio
 from lpcompile.bench.models import Llama, Transformer, linears
 from lpcompile.bench.report import Row
 from lpcompile.bench.timing import interleave, synchronize
-from lpcompile.bench.variants import Variant
+from lpcompile.bench.variants import Variant, static_shapes
 
 # Dense bf16 FLOP/s in the datasheets, by what the device's name holds.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "GB200": 2.5e15, "B200": 2.25e15}
@@ -63,7 +63,7 @@ def compare(
     data = [torch.randint(model.vocabulary, shape, device=device) for _ in range(2)]
     failures: dict[str, Row] = {}
     runs: dict[str, Run] = {}
-    with torch._dynamo.config.patch(recompile_limit=64):
+    with static_shapes():
         for variant in variants:
             torch.manual_seed(0)
             try:

@@ -1,15 +1,16 @@
 """What is compared: plain Inductor, every recipe, and compiled torchao where it can be imported."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from lpcompile.backend import lowprec
 from lpcompile.bench.machine import version_of
-from lpcompile.bench.models import LLAMAS, build
+from lpcompile.bench.models import LLAMAS, built, llama_layer
 
 BASELINE = "bf16"
 TORCHAO = ("tensorwise", "rowwise")
@@ -58,6 +59,27 @@ def choose(
     return variants
 
 
+def choose_for_experts(
+    recipes: Sequence[str], options: dict[str, Any], *, max_autotune: bool, peers: bool
+) -> list[Variant]:
+    """``choose`` with torchao's conversion of grouped GEMMs in the place of that of linears."""
+    variants = choose(recipes, options, max_autotune=max_autotune, peers=False)
+    if peers and version_of("torchao"):
+        name = f"torchao {version_of('torchao')} rowwise"
+        how = {"fullgraph": True}
+        variants.append(Variant(name, how, convert=_torchao_experts, is_peer=True))
+    return variants
+
+
+def _torchao_experts(module: nn.Module) -> nn.Module:
+    from torchao.prototype.moe_training.config import Float8TrainingOpConfig, Float8TrainingRecipe
+    from torchao.quantization.quant_api import quantize_
+
+    config = Float8TrainingOpConfig.from_recipe(Float8TrainingRecipe.FP8_ROWWISE)
+    quantize_(module, config=config, filter_fn=lambda module, path: "experts" in path)
+    return module
+
+
 def _torchao(recipe: str) -> Variant:
     def convert(module: nn.Module) -> nn.Module:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -69,13 +91,18 @@ def _torchao(recipe: str) -> Variant:
     return Variant(name, {"fullgraph": True}, convert=convert, is_peer=True)
 
 
+def static_shapes() -> AbstractContextManager[None]:
+    """Every variant and size compiles for itself: of one code object, in one process.
+
+    Otherwise Dynamo makes sizes dynamic that it has seen change, and stops at eight compiles.
+    """
+    patches = {"recompile_limit": 64, "automatic_dynamic_shapes": False}
+    return cast(AbstractContextManager[None], torch._dynamo.config.patch(patches))
+
+
 def warm_up(variants: Sequence[Variant], device: torch.device) -> None:
-    """Compile a small layer each way, so that no variant's compile time holds imports."""
-    model = LLAMAS["tiny"]
-    for variant in variants:
-        x = torch.ones(1, 32, model.dim, device=device, dtype=torch.bfloat16)
-        try:
-            variant.apply(build("ffn", model, device))(x).sum().backward()
-        except Exception:
-            if not variant.is_peer:
-                raise
+    """Compile a small layer with Inductor's and our backend, so that no time has imports."""
+    layer = llama_layer("ffn", LLAMAS["tiny"])
+    with static_shapes():
+        for variant in [*variants[:1], *[v for v in variants if v.recipe][:1]]:
+            variant.apply(built(layer, device))(*layer.inputs(device)).sum().backward()
