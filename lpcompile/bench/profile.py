@@ -160,7 +160,12 @@ def picture(seen: dict[str, list[Kernel]], path: Path) -> None:
     axes.set_yticks(range(len(seen)), list(seen))
     axes.invert_yaxis()
     axes.set_xlabel("ms of kernels, forward and backward")
-    axes.legend(handles=[Patch(color=c, label=k) for k, c in COLORS.items()], ncols=len(COLORS))
+    figure.legend(
+        handles=[Patch(color=color, label=kind) for kind, color in COLORS.items()],
+        ncols=len(COLORS),
+        loc="upper center",
+        frameon=False,
+    )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)

@@ -92,7 +92,7 @@ def test_kernels_are_charged_for_the_bytes_of_their_tensors(tmp_path):
 def test_a_profile_says_what_each_kernel_is(tmp_path):
     summary, listing = run(
         tmp_path, "profile", "--model", "tiny", "--options", EAGER, "--no-peers",
-        "--recipes", "fp8_rowwise", "--plot", str(tmp_path / "kernels.png"),
+        "--recipes", "fp8_rowwise",
     )  # fmt: skip
     count = {(r["variant"], r["kind"]): r["kernels"] for r in summary.rows}
     num_gemms = 3 * len(models.linears(models.LLAMAS["tiny"], "block"))
@@ -102,7 +102,23 @@ def test_a_profile_says_what_each_kernel_is(tmp_path):
     assert count["fp8_rowwise", "quantize"] > num_gemms
     assert count["bf16", "attention"] > 0
     assert len(listing.rows) == count["bf16", "all"] + count["fp8_rowwise", "all"]
-    assert (tmp_path / "kernels.png").stat().st_size > 1000
+
+
+def test_a_picture_has_the_color_of_every_kind_of_kernel_in_it(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    colors = pytest.importorskip("matplotlib.colors")
+    ran = {
+        "bf16": [profile.Kernel("gemm", "", 0, 2.0), profile.Kernel("flash", "", 2, 1.0)],
+        "fp8": [profile.Kernel("", "lpcompile::quantize", 0, 1.0)],
+    }
+    profile.picture(ran, tmp_path / "kernels.png")
+    pixels = torch.from_numpy(image.imread(tmp_path / "kernels.png")[..., :3])
+    area = {}
+    for kind in ("GEMM", "attention", "quantize", "fused"):
+        color = torch.tensor(colors.to_rgb(profile.COLORS[kind]))
+        area[kind] = int(((pixels - color).abs().amax(-1) < 0.01).sum())
+    assert area["GEMM"] > 1.5 * area["attention"] > 3 * area["fused"]
+    assert area["quantize"] > 3 * area["fused"]
 
 
 @pytest.mark.parametrize(
