@@ -10,7 +10,7 @@ looks at the machine it runs on: what is narrowed must not depend on it.
 Quantization is charged in full, unfused: a lowering that fuses it into the producer only makes a
 decision for it better. What several GEMMs read (the input of w1 and w3, of q, k and v) is quantized
 once, so each pays its share: ``readers``. Charging every reader in full leaves wgrad of a small k
-or v projection in bf16 (8B: 210 us, narrowed 256 us alone, 188 us as one of three).
+or v projection in bf16 (8B: 210 us, narrowed 256 us alone, 187 us as one of three).
 """
 
 from collections.abc import Callable, Mapping
@@ -184,7 +184,7 @@ def target_for(gemm: Gemm) -> Device:
 
 def is_native(gemm: Gemm, device: Device) -> bool:
     """Whether the device's tensor cores multiply these formats."""
-    return _kind(gemm) in device.rates
+    return kind(gemm) in device.rates
 
 
 def gain(
@@ -218,22 +218,32 @@ def expression(
     readers: tuple[int, int] = (1, 1),
 ) -> sympy.Expr:
     """Microseconds of a product in the symbols M, N, K, E; a gemm of None is bf16."""
+    total = gemm_expression(product, gemm, device, grouped)
+    if gemm is not None:
+        sides = zip((gemm.lhs, gemm.rhs), _operands(product), readers, strict=True)
+        for operand, (elements, transposed), num_readers in sides:
+            total += _quantize_us(operand, elements, transposed, device) / num_readers
+    return total
+
+
+@cache
+def gemm_expression(
+    product: Product, gemm: Gemm | None, device: Device, grouped: bool = False
+) -> sympy.Expr:
+    """Microseconds of the GEMM alone, of operands quantized before."""
     rates = device.grouped if grouped else device.rates
     bf16 = rates["bf16", ""]
-    if gemm is None:
-        return _gemm_us(product, device, bf16, bf16.precise, (2.0, 2.0), grouped)
-    total: sympy.Expr = sympy.Integer(0)
-    widths = (gemm.lhs.fmt.bits / 8, gemm.rhs.fmt.bits / 8)
-    sides = zip((gemm.lhs, gemm.rhs), _operands(product), readers, widths, strict=True)
-    rate = rates.get(_kind(gemm))
-    for operand, (elements, transposed), num_readers, width in sides:
-        total += _quantize_us(operand, elements, transposed, device) / num_readers
-        if rate is None:  # emulated: read narrow, write bf16
-            total += LAUNCH_US + elements * (width + 2) / device.bandwidth * 1e6
-    if rate is None:
-        return total + _gemm_us(product, device, bf16, bf16.precise, (2.0, 2.0), grouped)
-    flops = rate.fast if gemm.fast_accum else rate.precise
-    return total + _gemm_us(product, device, rate, flops, widths, grouped)
+    rate = rates.get(kind(gemm)) if gemm is not None else None
+    if gemm is not None and rate is not None:
+        flops = rate.fast if gemm.fast_accum else rate.precise
+        widths = (gemm.lhs.fmt.bits / 8, gemm.rhs.fmt.bits / 8)
+        return _gemm_us(product, device, rate, flops, widths, grouped)
+    total = _gemm_us(product, device, bf16, bf16.precise, (2.0, 2.0), grouped)
+    if gemm is not None:  # emulated: read narrow, write bf16
+        for operand, (elements, _) in zip((gemm.lhs, gemm.rhs), _operands(product), strict=True):
+            moved = elements * (operand.fmt.bits / 8 + 2)
+            total += LAUNCH_US + moved / device.bandwidth * 1e6
+    return total
 
 
 @cache
@@ -244,7 +254,7 @@ def _compiled(
     return sympy.lambdify((M, N, K, E), formula, modules="math")
 
 
-def _kind(gemm: Gemm) -> tuple[str, str]:
+def kind(gemm: Gemm) -> tuple[str, str]:
     """Which rate a GEMM runs at: its family of formats, and what shares a scale."""
     family, along = _FAMILY[gemm.lhs.fmt.scaling], gemm.lhs.along
     if isinstance(along, str):

@@ -143,7 +143,7 @@ def test_quantize_traffic_is_what_the_ops_move():
         flops, rate = 1e30, cost.Rate(1e30, 1e30)
         free = cost.Device(
             name="free", num_sms=1, bandwidth=cost.H200.bandwidth, measured=False,
-            rates={("bf16", ""): rate, cost._kind(gemm): rate}, grouped={},
+            rates={("bf16", ""): rate, cost.kind(gemm): rate}, grouped={},
         )  # fmt: skip
         alone = cost._gemm_us(product, free, rate, flops, (1.0, 1.0), False)
         formula = cost.expression(product, gemm, free) - alone

@@ -1,0 +1,188 @@
+"""The command line of the benchmarks: ``python -m lpcompile bench <what>``."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lpcompile.bench import gemms, kernels, layers, profile, report, training, variants
+from lpcompile.bench.machine import CPU_NOTE, describe, watch_clocks
+from lpcompile.bench.models import EXPERTS, LLAMAS, Llama, experts_layer, llama_layer
+from lpcompile.bench.report import Result
+from lpcompile.errors import OptionError
+from lpcompile.options import parse
+from lpcompile.recipes import RECIPES, get_recipe
+
+DEFAULT_RECIPES = ("fp8_rowwise", "fp8_tensorwise")
+# Where low precision starts to pay: tokens on one GPU.
+SWEEP = (2048, 4096, 8192, 16384)
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add ``bench``'s subcommands; each sets ``run``, which returns the exit status."""
+    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="WHAT")
+    for part in ("ffn", "block"):
+        what = f"forward + backward of one {part}, every way to compile it, interleaved"
+        command = _command(commands, part, what, _layer)
+        _add_variants(command)
+        command.add_argument("--tp", type=int, default=1, help="one rank's shard of so many")
+    what = "forward + backward of SwiGLU experts, grouped GEMMs"
+    command = _command(commands, "experts", what, _experts, list(EXPERTS))
+    _add_variants(command)
+    command.add_argument("--ragged", action="store_true", help="groups of any size, not of 16 n")
+    command = _command(commands, "gemm", "every GEMM of a block, product by product", _gemm)
+    _add_recipes(command, [name for name, r in RECIPES.items() if not r.is_bf16])
+    command = _command(commands, "kernels", "every quantize and amax kernel", _kernels)
+    command.add_argument("--no-compiled", action="store_true", help="only the ops, no fusions")
+    command = _command(commands, "profile", "one layer's kernels in order", _profile)
+    _add_variants(command)
+    command.add_argument("--part", choices=("ffn", "block"), default="block")
+    command.add_argument("--plot", type=Path, help="draw them into this PNG")
+    command = _command(commands, "model", "training steps of the whole model", _model)
+    _add_variants(command)
+    command.add_argument("--layers", type=int, help="default: 4, or the model's if it has fewer")
+    command.add_argument("--passes", type=int, nargs="+", default=[1, 8], help="of one step")
+    command = commands.add_parser("report", help="a Markdown page of results saved with --json")
+    command.add_argument("files", type=Path, nargs="+")
+    command.set_defaults(run=_report)
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    what: str,
+    measure: Callable[[argparse.Namespace, torch.device], list[Result]],
+    models: Sequence[str] = tuple(LLAMAS),
+) -> argparse.ArgumentParser:
+    """A subcommand with the arguments that all of them take."""
+    command = commands.add_parser(name, help=what, description=what)
+    command.add_argument("--model", nargs="+", choices=models, help=f"default: {models[0]}")
+    if models == tuple(LLAMAS):
+        command.add_argument("--tokens", nargs="+", type=int, help=f"a sweep: {SWEEP}")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--repeats", type=int, default=30)
+    command.add_argument("--json", type=Path, help="write the results here too")
+    command.set_defaults(run=lambda args: _run(measure, args), first=models[0])
+    return command
+
+
+def _add_recipes(command: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    command.add_argument("--recipes", nargs="*", default=list(default))
+
+
+def _add_variants(command: argparse.ArgumentParser) -> None:
+    _add_recipes(command, DEFAULT_RECIPES)
+    command.add_argument("--max-autotune", action="store_true", help="also bf16, GEMMs autotuned")
+    command.add_argument("--no-peers", action="store_true", help="no torchao")
+    command.add_argument(
+        "--options", type=json.loads, default={}, help='of the backend: \'{"rewrite": "all"}\''
+    )
+
+
+def _run(
+    measure: Callable[[argparse.Namespace, torch.device], list[Result]], args: argparse.Namespace
+) -> int:
+    """Measure, print, save; 1 where something of ours failed."""
+    device = torch.device(args.device)
+    args.model = args.model or ["tiny" if device.type == "cpu" else args.first]
+    if args.repeats < 2:
+        raise OptionError(f"a median needs repetitions: --repeats is {args.repeats}, make it 30")
+    for recipe in getattr(args, "recipes", ()):
+        get_recipe(recipe)
+    parse(getattr(args, "options", None))
+    torch.manual_seed(0)
+    with watch_clocks(device) as clocks:
+        results = measure(args, device)
+    for result in results:
+        result.machine |= clocks
+        if device.type == "cpu":
+            result.notes.insert(0, CPU_NOTE)
+        report.show(result)
+    if args.json:
+        report.save(results, args.json)
+    return int(any(result.failed for result in results))
+
+
+def _result(title: str, device: torch.device) -> Result:
+    command = f"python -m lpcompile {shlex.join(sys.argv[1:])}"
+    return Result(title, command, describe(device))
+
+
+def _models(args: argparse.Namespace) -> list[Llama]:
+    """Every model asked for, on every number of tokens asked for."""
+    models = [LLAMAS[name].shard(getattr(args, "tp", 1)) for name in args.model]
+    return [m.with_tokens(t) for m in models for t in args.tokens] if args.tokens else models
+
+
+def _variants(args: argparse.Namespace, device: torch.device) -> list[variants.Variant]:
+    choose = variants.choose_for_experts if args.benchmark == "experts" else variants.choose
+    chosen = choose(
+        args.recipes, args.options, max_autotune=args.max_autotune, peers=not args.no_peers
+    )
+    variants.warm_up(chosen, device)
+    return chosen
+
+
+def _layer(args: argparse.Namespace, device: torch.device) -> list[Result]:
+    result = _result(f"{args.benchmark}: forward + backward", device)
+    chosen = _variants(args, device)
+    for model in _models(args):
+        layer = llama_layer(args.benchmark, model)
+        result.rows += layers.compare(layer, chosen, device, args.repeats)
+    return [result]
+
+
+def _experts(args: argparse.Namespace, device: torch.device) -> list[Result]:
+    result = _result("experts: forward + backward", device)
+    chosen = _variants(args, device)
+    for name in args.model:
+        layer = experts_layer(EXPERTS[name], ragged=args.ragged)
+        result.rows += layers.compare(layer, chosen, device, args.repeats)
+    return [result]
+
+
+def _gemm(args: argparse.Namespace, device: torch.device) -> list[Result]:
+    result = _result("gemm: operands quantized before", device)
+    result.rows = gemms.measure(_models(args), args.recipes, device, args.repeats)
+    return [result]
+
+
+def _kernels(args: argparse.Namespace, device: torch.device) -> list[Result]:
+    result = _result("kernels: share of copy bandwidth", device)
+    compiled = not args.no_compiled
+    rows, copy = kernels.measure(_models(args), device, args.repeats, compiled=compiled)
+    result.rows = rows
+    result.notes.append(f"A large copy moves {copy / 1e12:.3f} TB/s, read and written counted.")
+    return [result]
+
+
+def _profile(args: argparse.Namespace, device: torch.device) -> list[Result]:
+    chosen, results = _variants(args, device), []
+    for model in _models(args):
+        seen = profile.measure(llama_layer(args.part, model), chosen, device)
+        about = f"{model.name} {args.part}, {model.tokens} tokens"
+        results.append(replace(_result(f"profile: {about}", device), rows=profile.summary(seen)))
+        listing = _result(f"profile: every kernel of {about}", device)
+        results.append(replace(listing, rows=profile.listing(seen)))
+        if args.plot:
+            profile.picture(seen, args.plot)
+    return results
+
+
+def _model(args: argparse.Namespace, device: torch.device) -> list[Result]:
+    result, chosen = _result("model: training steps", device), _variants(args, device)
+    for model in _models(args):
+        num_layers = args.layers or min(model.num_layers, 4)
+        rows = training.compare(model, num_layers, chosen, args.passes, device, args.repeats)
+        result.rows += rows
+    return [result]
+
+
+def _report(args: argparse.Namespace) -> int:
+    sys.stdout.write(report.markdown(report.load(args.files)))
+    return 0

@@ -1,0 +1,169 @@
+"""``bench kernels``: every quantize and amax kernel, and what should be fused with one.
+
+``share`` is bytes that must move / time over the bandwidth of a large copy in the same run. Bytes
+that must move: every input tensor read once and every output written once. A chain of several
+kernels, or a kernel that reads twice, is charged for it by its share.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lpcompile.lowerings  # noqa: F401  registers them with Inductor
+from lpcompile import ops
+from lpcompile.bench.models import Llama, linears
+from lpcompile.bench.report import Row
+from lpcompile.bench.timing import copy_bandwidth, interleave
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+GEMMS = (ops.scaled_mm,)  # measured by `bench gemm`
+
+
+def _narrow(x: Tensor) -> tuple[Any, ...]:
+    return (x, E4M3, True)
+
+
+def _with_amax(x: Tensor) -> tuple[Any, ...]:
+    return (x, ops.amax_tensor.op(x), E5M2, False)
+
+
+def _with_column_amax(x: Tensor) -> tuple[Any, ...]:
+    return (x, ops.amax_column.op(x), E4M3, True)
+
+
+def _alone(x: Tensor) -> tuple[Any, ...]:
+    return (x,)
+
+
+# Arguments for every op but the GEMMs, given x[R, C] bf16.
+KERNELS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
+    ops.amax_column: _alone,
+    ops.amax_tensor: _alone,
+    ops.quantize_fp8_block: _narrow,
+    ops.quantize_fp8_block_t: _narrow,
+    ops.quantize_fp8_row: _narrow,
+    ops.quantize_fp8_row_t: _with_column_amax,
+    ops.quantize_fp8_square: _narrow,
+    ops.quantize_fp8_square_t: _narrow,
+    ops.quantize_fp8_tensor: _with_amax,
+    ops.quantize_fp8_tensor_t: _with_amax,
+}
+
+
+def _norm_row(x: Tensor, w: Tensor) -> Any:
+    return ops.quantize_fp8_row.op(F.rms_norm(x, w.shape, w), E4M3, True)
+
+
+def _norm_block(x: Tensor, w: Tensor) -> Any:
+    return ops.quantize_fp8_block.op(F.rms_norm(x, w.shape, w), E4M3, True)
+
+
+def _silu_row(gate: Tensor, up: Tensor) -> Any:
+    return ops.quantize_fp8_row.op(F.silu(gate) * up, E4M3, True)
+
+
+def _silu_amax(gate: Tensor, up: Tensor) -> Any:
+    h = F.silu(gate) * up
+    return h, ops.amax_tensor.op(h)
+
+
+def _silu_backward_row(dh: Tensor, gate: Tensor, up: Tensor) -> Any:
+    """The gradients of gate and up, narrowed for dgrad."""
+    half = torch.sigmoid(gate.float())
+    dgate = (dh.float() * up * half * (1 + gate.float() * (1 - half))).to(dh.dtype)
+    dup = (dh.float() * gate * half).to(dh.dtype)
+    quantize = ops.quantize_fp8_row.op
+    return *quantize(dgate, E4M3, True), *quantize(dup, E4M3, True)
+
+
+# (function, what it reads, how many of it, whether a vector [C] comes last): compiled by Inductor
+# with our lowerings; one kernel each where they fuse.
+COMPILED: tuple[tuple[Callable[..., Any], str, int, bool], ...] = (
+    (_norm_row, "x", 1, True),
+    (_norm_block, "x", 1, True),
+    (_silu_row, "h", 2, False),
+    (_silu_amax, "h", 2, False),
+    (_silu_backward_row, "h", 3, False),
+)
+
+
+class Shape(NamedTuple):
+    """A tensor [R, C] of a model: x and h are an FFN's input and hidden activations."""
+
+    what: str
+    R: int
+    C: int
+
+
+def shapes(model: Llama) -> list[Shape]:
+    """The activations and the weights of a model's FFN, which are its largest."""
+    made = [Shape("x", model.tokens, model.dim), Shape("h", model.tokens, model.hidden)]
+    weights = {(linear.n, linear.k): linear.name for linear in linears(model, "ffn")}
+    return made + [Shape(name, n, k) for (n, k), name in weights.items()]
+
+
+def measure(
+    models: Sequence[Llama], device: torch.device, repeats: int, *, compiled: bool
+) -> tuple[list[Row], float]:
+    """One row an op and shape, and the bytes/s of a copy. The ops of one shape are interleaved."""
+    copy = copy_bandwidth(device, repeats, 2**30 if device.type == "cuda" else 2**22)
+    torch._dynamo.reset()
+    rows = []
+    for model in models:
+        for shape in shapes(model):
+            functions, moved = {}, {}
+            for name, function, inputs in _functions(shape, device, compiled):
+                made = function()
+                functions[name], moved[name] = function, _bytes(inputs) + _bytes(made)
+            for name, timing in interleave(functions, device, repeats).items():
+                bandwidth = moved[name] / (timing.ms * 1e-3)
+                rows.append(
+                    {
+                        "kernel": name,
+                        "of": f"{model.name} {shape.what}",
+                        "R": shape.R,
+                        "C": shape.C,
+                        "us": timing.ms * 1e3,
+                        "TB/s": bandwidth / 1e12,
+                        "share": bandwidth / copy,
+                    }
+                )
+    order = {name: i for i, name in enumerate(dict.fromkeys(row["kernel"] for row in rows))}
+    return sorted(rows, key=lambda row: order[row["kernel"]]), copy
+
+
+def _functions(
+    shape: Shape, device: torch.device, compiled: bool
+) -> Iterator[tuple[str, Callable[[], Any], tuple[Any, ...]]]:
+    """(name, what to time, its inputs) for everything that runs on a tensor of this shape."""
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=torch.bfloat16)
+
+    x = randn(shape.R, shape.C)
+    for module, arguments in KERNELS.items():
+        given = arguments(x)
+        yield name_of(module), partial(module.op, *given), given
+    for function, reads, num_inputs, has_vector in COMPILED if compiled else ():
+        if reads != shape.what:
+            continue
+        given = (x, *(randn(shape.R, shape.C) for _ in range(num_inputs - 1)))
+        given += (randn(shape.C),) if has_vector else ()
+        fast = torch.compile(function, fullgraph=True, dynamic=False)
+        name = function.__name__.strip("_") + " (compiled)"
+        yield name, partial(fast, *given), given
+
+
+def name_of(module: Any) -> str:
+    """The op's name."""
+    return module.__name__.rpartition(".")[2]
+
+
+def _bytes(tensors: Any) -> int:
+    """Bytes of every tensor in a tuple, or of one tensor."""
+    flat = (tensors,) if isinstance(tensors, Tensor) else tensors
+    return sum(t.numel() * t.element_size() for t in flat if isinstance(t, Tensor))

@@ -1,0 +1,108 @@
+"""What is compared: plain Inductor, every recipe, and compiled torchao where it can be imported."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lpcompile.backend import lowprec
+from lpcompile.bench.machine import version_of
+from lpcompile.bench.models import LLAMAS, built, llama_layer
+
+BASELINE = "bf16"
+TORCHAO = ("tensorwise", "rowwise")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to compile. ``convert`` may change the modules; ``compile`` has Module.compile's keys.
+
+    is_peer: another library, whose failure is a row and not an error.
+    """
+
+    name: str
+    compile: dict[str, Any]
+    recipe: str = ""
+    convert: Callable[[nn.Module], nn.Module] = lambda module: module
+    is_peer: bool = False
+
+    def apply(self, module: nn.Module) -> nn.Module:
+        """The module, compiled in place."""
+        module = self.convert(module)
+        module.compile(**self.compile)
+        return module
+
+
+def choose(
+    recipes: Sequence[str], options: dict[str, Any], *, max_autotune: bool, peers: bool
+) -> list[Variant]:
+    """The baseline first, then what was asked for. ``options`` are the backend's, for the recipes.
+
+    With codegen="eager" among the options nothing goes through Inductor: the baseline is aot_eager.
+    """
+    if options.get("codegen") == "eager":
+        variants = [Variant(BASELINE, {"backend": "aot_eager", "fullgraph": True})]
+    else:
+        variants = [Variant(BASELINE, {"fullgraph": True})]
+    if max_autotune:
+        autotuned = {"fullgraph": True, "options": {"max_autotune_gemm": True}}
+        variants.append(Variant("bf16 max-autotune", autotuned))
+    for recipe in recipes:
+        settings = {**options, "recipe": recipe}
+        how = {"backend": lowprec, "fullgraph": True, "options": settings}
+        variants.append(Variant(recipe, how, recipe=recipe))
+    if peers and version_of("torchao"):
+        variants += [_torchao(recipe) for recipe in TORCHAO]
+    return variants
+
+
+def choose_for_experts(
+    recipes: Sequence[str], options: dict[str, Any], *, max_autotune: bool, peers: bool
+) -> list[Variant]:
+    """``choose`` with torchao's conversion of grouped GEMMs in the place of that of linears."""
+    variants = choose(recipes, options, max_autotune=max_autotune, peers=False)
+    if peers and version_of("torchao"):
+        name = f"torchao {version_of('torchao')} rowwise"
+        how = {"fullgraph": True}
+        variants.append(Variant(name, how, convert=_torchao_experts, is_peer=True))
+    return variants
+
+
+def _torchao_experts(module: nn.Module) -> nn.Module:
+    from torchao.prototype.moe_training.config import Float8TrainingOpConfig, Float8TrainingRecipe
+    from torchao.quantization.quant_api import quantize_
+
+    config = Float8TrainingOpConfig.from_recipe(Float8TrainingRecipe.FP8_ROWWISE)
+    quantize_(module, config=config, filter_fn=lambda module, path: "experts" in path)
+    return module
+
+
+def _torchao(recipe: str) -> Variant:
+    def convert(module: nn.Module) -> nn.Module:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        config = Float8LinearConfig.from_recipe_name(recipe)
+        return convert_to_float8_training(module, config=config)
+
+    name = f"torchao {version_of('torchao')} {recipe}"
+    return Variant(name, {"fullgraph": True}, convert=convert, is_peer=True)
+
+
+def static_shapes() -> AbstractContextManager[None]:
+    """Every variant and size compiles for itself: of one code object, in one process.
+
+    Otherwise Dynamo makes sizes dynamic that it has seen change, and stops at eight compiles.
+    """
+    patches = {"recompile_limit": 64, "automatic_dynamic_shapes": False}
+    return cast(AbstractContextManager[None], torch._dynamo.config.patch(patches))
+
+
+def warm_up(variants: Sequence[Variant], device: torch.device) -> None:
+    """Compile a small layer with Inductor's and our backend, so that no time has imports."""
+    layer = llama_layer("ffn", LLAMAS["tiny"])
+    with static_shapes():
+        for variant in [*variants[:1], *[v for v in variants if v.recipe][:1]]:
+            variant.apply(built(layer, device))(*layer.inputs(device)).sum().backward()

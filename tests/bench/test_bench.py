@@ -1,0 +1,262 @@
+"""The benchmark tool from end to end at tiny sizes, and what its numbers mean."""
+
+import json
+
+import pytest
+import torch
+
+from lpcompile import ops
+from lpcompile.__main__ import main
+from lpcompile.bench import gemms, kernels, layers, machine, models, profile, report, variants
+from lpcompile.bench.timing import Timing, interleave
+from lpcompile.errors import ShapeError
+
+CPU = torch.device("cpu")
+EAGER = '{"codegen": "eager", "rewrite": "all"}'
+
+
+def run(tmp_path, *arguments):
+    """The Results of one command on the CPU."""
+    out = tmp_path / "out.json"
+    assert main(["bench", *arguments, "--device", "cpu", "--repeats", "2", "--json", str(out)]) == 0
+    return report.load([out])
+
+
+def test_every_op_but_the_gemms_is_measured():
+    assert set(kernels.KERNELS) | set(kernels.GEMMS) == set(ops.ALL)
+
+
+@pytest.mark.parametrize("part", ["ffn", "block"])
+def test_a_layer_is_measured_in_every_variant(tmp_path, capsys, part):
+    arguments = [part, "--model", "tiny", "--options", EAGER, "--no-peers"]
+    (result,) = run(tmp_path, *arguments)
+    assert [row["variant"] for row in result.rows] == ["bf16", "fp8_rowwise", "fp8_tensorwise"]
+    bf16, *narrow = result.rows
+    assert bf16["speedup"] == 1
+    assert bf16["dw error"] == 0
+    for row in narrow:
+        assert row["speedup"] == pytest.approx(bf16["ms"] / row["ms"])
+        assert 0.01 < row["dw error"] < 0.1
+    assert machine.CPU_NOTE in capsys.readouterr().out
+
+
+def test_experts_are_measured(tmp_path):
+    arguments = ["experts", "--model", "tiny", "--recipes", "--options", EAGER, "--no-peers"]
+    (result,) = run(tmp_path, *arguments)
+    assert result.rows[0]["tokens"] == models.EXPERTS["tiny"].rows
+    assert result.rows[0]["ms"] > 0
+
+
+def test_gemms_are_those_of_the_model_in_bf16_and_every_kind(tmp_path):
+    (result,) = run(tmp_path, "gemm", "--model", "tiny")
+    tiny = models.LLAMAS["tiny"]
+    measured = {(r["product"], r["N"], r["K"]) for r in result.rows if r["recipe"] == "bf16"}
+    assert measured == {
+        (product, linear.n, linear.k)
+        for product in ("fprop", "dgrad", "wgrad")
+        for linear in models.linears(tiny, "block")
+    }
+    # The recipe without wgrad multiplies nothing that rowwise does not.
+    names = {row["recipe"] for row in result.rows}
+    assert names == {"bf16", "fp8_tensorwise", "fp8_rowwise", "fp8_blockwise"}
+    for is_bf16 in (True, False):
+        shares = [r["share"] for r in result.rows if (r["recipe"] == "bf16") == is_bf16]
+        assert max(shares) == 1
+
+
+@pytest.mark.parametrize("product", ["fprop", "dgrad", "wgrad"])
+def test_what_is_timed_as_a_gemm_is_that_product(product):
+    m, n, k = 48, 32, 64
+    lhs, rhs = gemms._operands(product, m, n, k, CPU)
+    expected = {
+        "fprop": lambda: lhs.double() @ rhs.double().t(),
+        "dgrad": lambda: lhs.double() @ rhs.double(),
+        "wgrad": lambda: lhs.double().t() @ rhs.double(),
+    }[product]()
+    for case in gemms.cases([models.LLAMAS["tiny"]], ["fp8_rowwise"]):
+        if case.product == product:
+            made = gemms.multiplier(case.gemm, product, lhs, rhs)().double()
+            assert made.shape == expected.shape
+            assert (made - expected).norm() < 0.06 * expected.norm()
+
+
+def test_kernels_are_charged_for_the_bytes_of_their_tensors(tmp_path):
+    result = run(tmp_path, "kernels", "--model", "tiny", "--no-compiled")[0]
+    tokens, dim = models.LLAMAS["tiny"].tokens, models.LLAMAS["tiny"].dim
+    row = next(r for r in result.rows if (r["kernel"], r["of"]) == ("quantize_fp8_row", "tiny x"))
+    moved = 3 * tokens * dim + 4 * tokens
+    assert row["TB/s"] * 1e12 * row["us"] * 1e-6 == pytest.approx(moved)
+    assert {r["kernel"] for r in result.rows} == {kernels.name_of(op) for op in kernels.KERNELS}
+
+
+def test_a_profile_says_what_each_kernel_is(tmp_path):
+    summary, listing = run(
+        tmp_path, "profile", "--model", "tiny", "--options", EAGER, "--no-peers",
+        "--recipes", "fp8_rowwise",
+    )  # fmt: skip
+    count = {(r["variant"], r["kind"]): r["kernels"] for r in summary.rows}
+    num_gemms = 3 * len(models.linears(models.LLAMAS["tiny"], "block"))
+    assert count["bf16", "GEMM"] == num_gemms
+    assert count["fp8_rowwise", "GEMM"] == num_gemms
+    assert count["bf16", "quantize"] == 0
+    assert count["fp8_rowwise", "quantize"] > num_gemms
+    assert count["bf16", "attention"] > 0
+    assert len(listing.rows) == count["bf16", "all"] + count["fp8_rowwise", "all"]
+
+
+def test_a_picture_has_the_color_of_every_kind_of_kernel_in_it(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    colors = pytest.importorskip("matplotlib.colors")
+    ran = {
+        "bf16": [profile.Kernel("gemm", "", 0, 2.0), profile.Kernel("flash", "", 2, 1.0)],
+        "fp8": [profile.Kernel("", "lpcompile::quantize", 0, 1.0)],
+    }
+    profile.picture(ran, tmp_path / "kernels.png")
+    pixels = torch.from_numpy(image.imread(tmp_path / "kernels.png")[..., :3])
+    area = {}
+    for kind in ("GEMM", "attention", "quantize", "fused"):
+        color = torch.tensor(colors.to_rgb(profile.COLORS[kind]))
+        area[kind] = int(((pixels - color).abs().amax(-1) < 0.01).sum())
+    assert area["GEMM"] > 1.5 * area["attention"] > 3 * area["fused"]
+    assert area["quantize"] > 3 * area["fused"]
+
+
+@pytest.mark.parametrize(
+    ("op", "kernel", "kind"),
+    [
+        ("aten::mm", "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT", "GEMM"),
+        ("lpcompile::scaled_mm", "void cutlass::device_kernel<at::cuda::detail...>", "GEMM"),
+        ("aten::_scaled_dot_product_flash_attention", "void flash_fwd_kernel<...>", "attention"),
+        ("aten::_cudnn_attention_backward", "cudnn_generated_fort_native_sdpa_sm90", "attention"),
+        ("lpcompile::quantize_fp8_row_t", "kernel", "quantize"),
+        ("", "triton_red_fused__fused_rms_norm_quantize_fp8_row_0", "fused"),
+        ("", "triton_poi_fused_mul_silu_1", "other"),
+    ],
+)  # fmt: skip
+def test_kernels_are_told_apart_by_name_and_op(op, kernel, kind):
+    assert profile.Kernel(kernel, op, 0, 1).kind == kind
+
+
+def test_a_whole_model_trains_in_every_variant(tmp_path):
+    arguments = ["model", "--model", "tiny", "--options", EAGER, "--no-peers", "--passes", "1", "2"]
+    (result,) = run(tmp_path, *arguments)
+    assert [(r["variant"], r["passes a step"]) for r in result.rows] == [
+        (variant, num) for num in (1, 2) for variant in ("bf16", "fp8_rowwise", "fp8_tensorwise")
+    ]
+    for row in result.rows:
+        assert row["tokens/s"] == pytest.approx(row["tokens"] / (row["ms a pass"] * 1e-3))
+
+
+def test_a_variant_that_fails_leaves_the_others_their_numbers():
+    def broken(module):
+        raise ValueError("no such recipe")
+
+    chosen = variants.choose([], {"codegen": "eager"}, max_autotune=False, peers=False)
+    ours = variants.Variant("ours", {}, convert=broken)
+    peer = variants.Variant("theirs", {}, convert=broken, is_peer=True)
+    layer = models.llama_layer("ffn", models.LLAMAS["tiny"])
+    rows = layers.compare(layer, [*chosen, peer], CPU, 2)
+    assert rows[0]["ms"] > 0
+    assert rows[1]["peer failed"] == "ValueError: no such recipe"
+    assert not report.Result("", "", {}, rows).failed
+    rows = layers.compare(layer, [*chosen, ours], CPU, 2)
+    assert report.Result("", "", {}, rows).failed
+
+
+def test_interleaving_runs_each_as_often_and_starts_each_round_elsewhere():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "abc"}
+    timings = interleave(functions, CPU, 4)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert {len(t.samples) for t in timings.values()} == {4}
+
+
+def test_a_timing_is_a_median_with_its_spread():
+    timing = Timing((1.0, 2.0, 3.0, 4.0, 100.0))
+    assert timing.ms == 3.0
+    assert timing.spread == pytest.approx((61.6 - 1.4) / 3)
+
+
+def test_the_prediction_counts_only_gemms_that_pay():
+    layer = models.llama_layer("ffn", models.LLAMAS["llama3-8b"])
+    tiny = models.llama_layer("ffn", models.LLAMAS["tiny"])
+    assert 1.3 < layers.predicted(layer, "fp8_rowwise", 25.9) < 1.7
+    assert layers.predicted(tiny, "fp8_rowwise", 1.0) == 1.0
+    assert layers.predicted(layer, "", 25.9) is None
+
+
+def test_groups_differ_and_fill_the_rows():
+    for config in models.EXPERTS.values():
+        for ragged in (False, True):
+            offs = config.offsets(ragged=ragged)
+            sizes = offs.diff(prepend=offs.new_zeros(1))
+            assert len(sizes) == config.num_experts
+            assert offs[-1] == config.rows
+            assert sizes.min() > 0
+            assert sizes.unique().numel() > 1
+            assert bool((sizes % 16 == 0).all()) is not ragged
+
+
+def test_a_shard_is_a_rank_s_part_of_every_linear():
+    whole, shard = models.LLAMAS["llama3-8b"], models.LLAMAS["llama3-8b"].shard(8)
+    size = sum(linear.n * linear.k for linear in models.linears(whole, "block"))
+    assert sum(linear.n * linear.k for linear in models.linears(shard, "block")) == size / 8
+    with pytest.raises(ShapeError, match="3 ranks"):
+        whole.shard(3)
+
+
+def test_linears_are_those_of_the_module():
+    for part in ("ffn", "block"):
+        layer = models.llama_layer(part, models.LLAMAS["tiny"])
+        module = models.built(layer, CPU)
+        weights = [m.weight.shape for m in module.modules() if isinstance(m, torch.nn.Linear)]
+        assert sorted(weights) == sorted((linear.n, linear.k) for linear in layer.linears)
+
+
+def test_a_page_holds_every_table_with_its_command(tmp_path, capsys):
+    rows = [{"variant": "bf16", "ms": 1.0}, {"variant": "a|b", "ms": None, "speedup": 1.234}]
+    result = report.Result("ffn", "python -m lpcompile bench ffn", {"device": "X"}, rows, ["note"])
+    path = tmp_path / "one.json"
+    report.save([result], path)
+    assert json.loads(path.read_text())[0]["rows"] == rows
+    assert main(["bench", "report", str(path), str(path)]) == 0
+    page = capsys.readouterr().out
+    assert page.count("`python -m lpcompile bench ffn`") == 2
+    assert "| variant | ms | speedup |\n| --- | --- | --- |\n| bf16 | 1.000 | - |\n" in page
+    assert "| a/b | - | 1.23x |" in page
+
+
+def test_a_wrong_argument_is_one_sentence_and_no_traceback(tmp_path, capsys):
+    assert main(["bench", "report", str(tmp_path / "none.json")]) == 2
+    assert "holds no benchmark results" in capsys.readouterr().err
+    assert main(["bench", "ffn", "--device", "cpu", "--recipes", "fp8_rowise"]) == 2
+    assert "did you mean 'fp8_rowwise'" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_the_tool_measures_a_gpu(tmp_path):
+    """Small, through Inductor: memory, clocks, and which kernel is what."""
+    out, common = tmp_path / "out.json", ["--model", "tiny", "--device", "cuda", "--json"]
+    forced = ["--recipes", "fp8_rowwise", "--no-peers", "--options", '{"rewrite": "all"}']
+    for part in ("ffn", "block"):
+        assert main(["bench", part, *common, str(out), *forced]) == 0
+        bf16, narrow = report.load([out])[0].rows
+        assert bf16["peak GiB"] > 0
+        assert narrow["compile s"] > 0
+        assert 0.01 < narrow["dw error"] < 0.1
+    assert main(["bench", "profile", *common, str(out), *forced]) == 0
+    summary, _ = report.load([out])
+    count = {(r["variant"], r["kind"]): r["kernels"] for r in summary.rows}
+    num_gemms = 3 * len(models.linears(models.LLAMAS["tiny"], "block"))
+    for variant in ("bf16", "fp8_rowwise"):
+        assert count[variant, "GEMM"] >= num_gemms
+        assert count[variant, "attention"] >= 2
+    assert count["fp8_rowwise", "quantize"] + count["fp8_rowwise", "fused"] > num_gemms
+    assert main(["bench", "kernels", *common, str(out)]) == 0
+    (result,) = report.load([out])
+    measured = {r["kernel"] for r in result.rows}
+    assert measured >= {kernels.name_of(op) for op in kernels.KERNELS}
+    assert len(measured) == len(kernels.KERNELS) + len(kernels.COMPILED)
+    assert result.machine["capability"]
+    for what in (["gemm"], ["model", *forced, "--passes", "1"], ["experts", "--recipes"]):
+        assert main(["bench", *what, *common, str(out)]) == 0
