@@ -89,7 +89,7 @@ class JointPass(CustomGraphPass):
         choices = _choose(graph, sites, compile)
         compile.rows += [_row(site, choice) for site, choice in choices]
         steps: list[tuple[str, Callable[[], int]]] = [
-            ("linear", partial(linear.rewrite, choices)),
+            ("linear", partial(linear.rewrite, choices, flow)),
         ]
         if not flow.gradients:
             steps.append(("deduplicate", partial(deduplicate.run, graph)))

@@ -8,10 +8,12 @@ Where the new nodes run:
 
 - The weight is quantized in the forward for fprop and again in the backward for dgrad, never
   saved: its quantize is ``must_be_in_backward``, and the cast of a master weight is recomputed.
-- X for wgrad is left to the partitioner, which saves the narrow copy because it is smaller. In a
-  checkpointed region it is quantized in the backward, from what the user's policy gives there.
+- X for wgrad is quantized in the backward where the backward holds what X is made of anyway, and in
+  a checkpointed region, from what the user's policy gives there. Elsewhere it is left to the
+  partitioner, which saves the narrow copy because it is smaller.
 """
 
+from collections.abc import Container
 from functools import partial
 from typing import Any
 
@@ -23,6 +25,8 @@ from lpcompile import gemm
 from lpcompile.graph import (
     CASTS,
     TRANSPOSES,
+    VIEWS,
+    Flow,
     aten,
     emit,
     meta_of,
@@ -31,6 +35,7 @@ from lpcompile.graph import (
     users_through,
     value,
 )
+from lpcompile.liveness import Held, is_cheap
 from lpcompile.recipes import Gemm
 from lpcompile.select import Choice
 from lpcompile.sites import Site, operands
@@ -38,15 +43,26 @@ from lpcompile.sites import Site, operands
 BACKWARD = "must_be_in_backward"
 
 
-def rewrite(choices: list[tuple[Site, Choice]]) -> int:
+def rewrite(choices: list[tuple[Site, Choice]], flow: Flow) -> int:
     """Rewrite every site that has a Gemm, and return how many."""
     chosen = [(site, choice.gemm) for site, choice in choices if choice.gemm is not None]
+    held = Held(flow, (site.node for site, _ in chosen))
+    late = {
+        site.node
+        for site, _ in chosen
+        if site.product == "wgrad"
+        and (_is_checkpointed(site) or (site.rhs if site.lhs_is_first else site.lhs) in held)
+    }
     for site, how in chosen:
-        _rewrite(site, how)
+        _rewrite(site, how, site.node in late)
     return len(chosen)
 
 
-def _rewrite(site: Site, how: Gemm) -> None:
+def _is_checkpointed(site: Site) -> bool:
+    return site.forward is not None and "recompute" in site.forward.node.meta
+
+
+def _rewrite(site: Site, how: Gemm, late: bool) -> None:
     node = site.node
     out_dtype, cast = _out_dtype(site)
     roles = (how.lhs, how.rhs) if site.lhs_is_first else (how.rhs, how.lhs)
@@ -54,7 +70,7 @@ def _rewrite(site: Site, how: Gemm) -> None:
     # Read from the node: an earlier rewrite may have replaced what the site was found with.
     for side, (operand, how_operand) in enumerate(zip(operands(node), roles, strict=True)):
         is_second = (side == 1) == site.lhs_is_first  # W, W and X in fprop, dgrad and wgrad
-        meta = _quantize_meta(site, operand, is_second)
+        meta = _quantize_meta(site, operand, is_second, late)
         x, transposed = peel(_matrix(node, operand))
         quantize = partial(gemm.quantize, operand=how_operand, transpose=transposed != (side == 1))
         quantized.append(emit(node, quantize, x, meta=meta))
@@ -77,25 +93,30 @@ def _matrix(before: fx.Node, operand: fx.Node) -> fx.Node:
     return emit(before, aten.squeeze.dim, operand, 0, meta=meta_of(operand))
 
 
-def _quantize_meta(site: Site, operand: fx.Node, is_second: bool) -> dict[str, Any]:
+def _quantize_meta(site: Site, operand: fx.Node, is_second: bool, late: bool) -> dict[str, Any]:
     """The meta of an operand's quantize: when it runs, and that no policy for mm saves it."""
     meta = meta_of(site.node)
     if is_second and site.product == "dgrad":
-        _recompute_casts(operand)
-        meta["partitioner_tag"] = BACKWARD
-    checkpointed = site.forward is not None and "recompute" in site.forward.node.meta
-    if is_second and site.product == "wgrad" and checkpointed:
+        _recompute(operand, VIEWS | TRANSPOSES | CASTS)  # no copy of a master weight is saved
+    elif is_second and late and not _is_checkpointed(site):
+        _recompute(operand, VIEWS | TRANSPOSES)
+    if is_second and (site.product == "dgrad" or late):
         meta["partitioner_tag"] = BACKWARD
     if "recompute" in meta:
         meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
     return meta
 
 
-def _recompute_casts(node: fx.Node) -> None:
-    """A bf16 copy of a master weight is made again in the backward, never saved."""
-    while node.op == "call_function" and node.all_input_nodes:
-        if node.target in CASTS:
-            node.meta.setdefault("recompute", CheckpointPolicy.MUST_RECOMPUTE)
+def _recompute(node: fx.Node, through: Container[Any]) -> None:
+    """Have a node, and what is under it through ``through``, made again in the backward.
+
+    Left alone, min-cut saves what an opaque op reads in the backward, since it must be materialized
+    there (``ban_recompute_materialized_backward``, torch 2.11 to 2.13).
+    """
+    while node.op == "call_function" and is_cheap(node):
+        node.meta.setdefault("recompute", CheckpointPolicy.MUST_RECOMPUTE)
+        if node.target not in through:
+            return
         node = node.all_input_nodes[0]
 
 
