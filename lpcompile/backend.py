@@ -8,6 +8,7 @@ first (torch 2.11 and 2.13).
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import fx
@@ -16,7 +17,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 from lpcompile.graph import Leaves
 from lpcompile.options import Options, parse
-from lpcompile.pipeline import Compile, JointPass, Partition, graph_key, register
+from lpcompile.pipeline import Compile, JointPass, Partition, PostPass, graph_key, register
 from lpcompile.report import summarize
 
 log = logging.getLogger("lpcompile")
@@ -57,13 +58,14 @@ def compile_graph(
     patches: dict[str, Any] = {
         **dict(options.inductor),
         "joint_custom_pre_pass": JointPass(compile),
+        "post_grad_custom_post_pass": PostPass(compile),
     }
     if compile.measures:
         patches["custom_partitioner_fn"] = Partition(compile)
         patches["force_disable_caches"] = True  # on a hit no pass runs
     inner: Any = compile_fx_inner
     if options.codegen == "eager":
-        inner = run_op_by_op
+        inner = partial(run_op_by_op, passes=PostPass(compile))
         patches["force_disable_caches"] = True  # there is no artifact to cache
     with functorch_config.patch(_for_memory_budget()):
         compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)
@@ -71,8 +73,12 @@ def compile_graph(
     return compiled
 
 
-def run_op_by_op(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-    """An inner compiler that runs a partitioned graph as it is."""
+def run_op_by_op(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, passes: PostPass, **kwargs: Any
+) -> Any:
+    """An inner compiler that runs a partitioned graph as it is, after the last passes."""
+    passes(gm.graph)
+    gm.recompile()
 
     def run(args: list[Any]) -> Any:
         given = list(args)

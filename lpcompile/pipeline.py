@@ -25,7 +25,7 @@ import lpcompile
 from lpcompile import saved, structure
 from lpcompile.graph import Flow, Leaves
 from lpcompile.options import Options
-from lpcompile.passes import deduplicate, linear
+from lpcompile.passes import deduplicate, fuse, linear
 from lpcompile.report import Row, SavedBytes
 from lpcompile.select import Choice, Selection
 from lpcompile.sites import Site, find
@@ -101,6 +101,22 @@ class JointPass(CustomGraphPass):
 
     def uuid(self) -> str:
         return f"{self.compile.key} {self.compile.options!r} {sources()}"
+
+
+class PostPass(CustomGraphPass):
+    """Every pass on a forward or a backward after partitioning."""
+
+    def __init__(self, compile: Compile) -> None:
+        self.compile = compile
+
+    def __call__(self, graph: fx.Graph) -> None:
+        count = fuse.run(graph)
+        graph.eliminate_dead_code()
+        graph.lint()
+        log.debug("pass fuse: %d", count)
+
+    def uuid(self) -> str:
+        return sources()
 
 
 class Partition(CustomPartitionerFn):

@@ -1,0 +1,229 @@
+"""Merge the quantizes of what one graph holds, with the pointwise ops that make it, into one op.
+
+Runs after partitioning, when it is known what runs in one graph: dY is quantized both ways from
+one read; both gradients of SwiGLU, both ways, and h for wgrad, from one read of (gate, up, dh).
+
+What stays as it was: a row-wise quantize alone, which Inductor fuses with what makes its operand in
+one read; and a column-wise one alone of a tensor that is in memory, which gains nothing.
+"""
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.pattern_matcher import stable_topological_sort
+from torch._prims_common import is_contiguous_or_false
+
+from lpcompile import ops
+from lpcompile.cones import POINTWISE, RESHAPES, Cone, TooComplex
+from lpcompile.graph import shape, value
+from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, Form
+
+MOST_INPUTS, MOST_STATEMENTS = 4, 48
+_LETTERS = {element: name for name, element in ELEMENTS.items()}
+# quantize op -> kind of scale, of x.T or of x, and the op that makes its amax
+QUANTIZES: dict[Any, tuple[str, bool, Any]] = {
+    ops.quantize_fp8_row.op: ("row", False, None),
+    ops.quantize_fp8_row_t.op: ("row", True, ops.amax_column.op),
+    ops.quantize_fp8_tensor.op: ("tensor", False, ops.amax_tensor.op),
+    ops.quantize_fp8_tensor_t.op: ("tensor", True, ops.amax_tensor.op),
+    ops.quantize_fp8_block.op: ("block", False, None),
+    ops.quantize_fp8_block_t.op: ("block", True, None),
+    ops.quantize_fp8_square.op: ("square", False, None),
+    ops.quantize_fp8_square_t.op: ("square", True, None),
+}
+
+
+@dataclass
+class Request:
+    """One quantize of x that can be fused."""
+
+    node: fx.Node
+    x: fx.Node
+    kind: str
+    transposed: bool
+
+    def form(self, result: int) -> Form:
+        """What it asks of the fused op."""
+        element, pow2 = self.node.args[-2:]
+        return Form(result, self.kind, _LETTERS[element], bool(pow2), self.transposed)  # type: ignore[index]
+
+
+@dataclass
+class Group:
+    """Tensors of one shape that are made and quantized together."""
+
+    cone: Cone
+    results: list[tuple[str, list[Request]]]
+
+    @property
+    def requests(self) -> list[Request]:
+        """Every quantize of the group."""
+        return [r for _, requests in self.results for r in requests]
+
+
+def run(graph: fx.Graph) -> int:
+    """Fuse what pays, and return how many quantizes were merged."""
+    requests = _requests(graph)
+    private = _private(graph, requests)
+    count = 0
+    for group in _groups(requests, private):
+        if _pays(group):
+            _replace(graph, group)
+            count += len(group.requests)
+    if count:
+        stable_topological_sort(graph)
+    return count
+
+
+def _requests(graph: fx.Graph) -> dict[fx.Node, list[Request]]:
+    found: dict[fx.Node, list[Request]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in QUANTIZES:
+            continue
+        kind, transposed, amax = QUANTIZES[node.target]
+        x = node.args[0]
+        if amax is not None:
+            made = node.args[1]
+            if made.target is not amax or made.args[0] is not x:
+                continue  # its amax comes from elsewhere: saved, or gathered
+        whole = isinstance(shape(x)[1], int) and is_contiguous_or_false(value(x))
+        if whole and value(x).dtype is torch.bfloat16:
+            found[x].append(Request(node, x, kind, transposed))
+    return found
+
+
+def _private(graph: fx.Graph, requests: dict[fx.Node, list[Request]]) -> set[fx.Node]:
+    """Nodes that nobody needs but the quantizes: no fused kernel would compute them twice."""
+    private = {r.node for rs in requests.values() for r in rs}
+    private |= {a for r in list(private) for a in r.all_input_nodes if a.target in _AMAXES}
+    for node in reversed(graph.nodes):
+        made_of = node.op == "call_function" and (
+            node.target in POINTWISE or node.target in RESHAPES
+        )
+        if made_of and node.users and all(u in private for u in node.users):
+            private.add(node)
+    return private
+
+
+_AMAXES = {amax for _, _, amax in QUANTIZES.values() if amax is not None}
+
+
+def _groups(requests: dict[fx.Node, list[Request]], private: set[fx.Node]) -> list[Group]:
+    """Tensors whose producers read the same inputs together, the others by themselves."""
+    alone = [_alone(x, rs, private) for x, rs in requests.items()]
+    groups: list[Group] = []
+    for group in sorted(alone, key=lambda g: -g.cone.num_full):
+        for other in groups:
+            if _joins(group, other) and (both := _join(group, other, private)) is not None:
+                groups[groups.index(other)] = both
+                break
+        else:
+            groups.append(group)
+    return groups
+
+
+def _cone(x: fx.Node, private: set[fx.Node]) -> Cone:
+    return Cone(shape(x)[0], shape(x)[1], private.__contains__)
+
+
+def _alone(x: fx.Node, requests: list[Request], private: set[fx.Node]) -> Group:
+    cone = _cone(x, private)
+    try:
+        name = cone.add(x)
+    except TooComplex:
+        name = ""
+    if not name or cone.num_full > MOST_INPUTS or len(cone.statements) > MOST_STATEMENTS:
+        cone = Cone(shape(x)[0], shape(x)[1], lambda node: False)
+        name = cone._leaf(x, "full")
+    return Group(cone, [(name, requests)])
+
+
+def _joins(a: Group, b: Group) -> bool:
+    """Whether all large inputs of one are the other's, and it makes sense to read them once."""
+    full_a, full_b = ({leaf for leaf, kind in g.cone.leaves if kind == "full"} for g in (a, b))
+    same = a.cone.columns == b.cone.columns and bool(full_a) and bool(full_b)
+    return same and (full_a <= full_b or full_b <= full_a)
+
+
+def _join(a: Group, b: Group, private: set[fx.Node]) -> Group | None:
+    """The group of both, or None where one reads what comes after the other."""
+    leaves = [leaf for g in (a, b) for leaf, _ in g.cone.leaves]
+    if _depend(leaves, {r.node for g in (a, b) for r in g.requests}):
+        return None
+    cone = _cone(a.requests[0].x, private)
+    try:
+        results = [(cone.add(rs[0].x), rs) for g in (b, a) for _, rs in g.results]
+    except TooComplex:
+        return None
+    if cone.num_full > MOST_INPUTS or len(cone.statements) > MOST_STATEMENTS:
+        return None
+    return Group(cone, results)
+
+
+def _depend(nodes: Iterable[fx.Node], on: set[fx.Node]) -> bool:
+    """Whether any of the nodes is computed from any of ``on``."""
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in on:
+            return True
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return False
+
+
+def _pays(group: Group) -> bool:
+    """Whether one op moves fewer bytes than what it replaces."""
+    forms = [(r.kind, r.transposed) for r in group.requests]
+    if all(form == ("row", False) for form in forms):
+        return False
+    inputs, results = group.cone.num_full, len(group.results)
+    if not group.cone.statements:
+        return len(forms) > 1
+    reads = 1 if all(kind in BLOCKS for kind, _ in forms) else 2
+    return reads * inputs <= inputs + results + results * reads
+
+
+def _replace(graph: fx.Graph, group: Group) -> None:
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    last = max((leaf for leaf, _ in group.cone.leaves), key=order.__getitem__)
+    while last.op == "placeholder" and last.next.op == "placeholder":
+        last = last.next
+    rows, columns = group.cone.rows, group.cone.columns
+    views = {"full": [-1, columns], "row": [-1, 1], "column": [-1], "scalar": []}
+    program = group.cone.program([name for name, _ in group.results])
+    forms = [r.form(i) for i, (_, rs) in enumerate(group.results) for r in rs]
+    fake_mode: Any = value(group.requests[0].x).fake_mode  # type: ignore[attr-defined]
+    with graph.inserting_before(last.next):
+        inputs = []
+        for leaf, kind in group.cone.leaves:
+            wanted = views[kind]
+            if list(shape(leaf)) not in (wanted, [rows, columns]):
+                leaf = _call(graph, fake_mode, torch.ops.aten.view.default, leaf, wanted)
+            inputs.append(leaf)
+        text = [form.text for form in forms]
+        fused = _call(graph, fake_mode, ops.fused_quantize.op, inputs, program.text(), text)
+        pairs = [
+            [_call(graph, fake_mode, operator.getitem, fused, 2 * i + j) for j in (0, 1)]
+            for i in range(len(forms))
+        ]
+    for request, made in zip(group.requests, pairs, strict=True):
+        for user in list(request.node.users):
+            user.replace_all_uses_with(made[user.args[1]])  # type: ignore[index]
+            graph.erase_node(user)
+        graph.erase_node(request.node)
+
+
+def _call(graph: fx.Graph, fake_mode: Any, target: Any, *args: Any) -> fx.Node:
+    """A new node with its fake value."""
+    node = graph.call_function(target, args)
+    with fake_mode:
+        node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
+    return node
