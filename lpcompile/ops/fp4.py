@@ -99,7 +99,8 @@ def tile_tensor_scale(amax):
 def tile_block_scale(amax, tensor):
     """``block_scale``, in a kernel."""
     scale = tl.minimum(amax * (tensor * (1 / 6)), 448.0)
-    finite = (amax.to(tl.int32, bitcast=True) < 0x7F800000) & (tensor == tensor)
+    known = tensor.to(tl.int32, bitcast=True) < 0x7F800000
+    finite = (amax.to(tl.int32, bitcast=True) < 0x7F800000) & known
     return tl.where(finite, scale, float("nan")).to(tl.float8e4nv)
 
 
