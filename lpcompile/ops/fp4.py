@@ -65,7 +65,7 @@ def stochastic(v: Tensor, word: Tensor) -> Tensor:
     """
     grid = torch.tensor([*GRID, 8.0], device=v.device)
     a = v.abs().nan_to_num(MAX).clamp(max=MAX)
-    code = torch.bucketize(a, grid[1:8], right=True)
+    code = torch.bucketize(a.contiguous(), grid[1:8], right=True)
     fraction = (a - grid[code]) / (grid[code + 1] - grid[code])
     up = (word >> 8).float() * 2.0**-24 < fraction
     return _signed((code + up).to(torch.uint8), v)

@@ -1,6 +1,6 @@
 """Philox4x32-10 (Salmon et al., SC 2011): the random numbers of stochastic rounding.
 
-    word = the first of the four words of Philox(key = seed, counter = (index, index >> 32, draw, 0))
+    word = the first word of Philox(key = seed, counter = (index, index >> 32, draw, 0))
 
 ``index`` is the logical element, r * C + c of the operand [R, C] that is quantized, so that a draw
 depends on no launch grid, no tile and no device; ``draw`` tells apart the ops that share a seed.
