@@ -44,12 +44,16 @@ class Side(NamedTuple):
 
 def exact(a: Side, b: Side) -> Tensor:
     """The product of the dequantized operands in fp64."""
-    return _decoded(a) @ _decoded(b).t()
+    return decoded(a, torch.float64) @ decoded(b, torch.float64).t()
 
 
-def _decoded(side: Side) -> Tensor:
-    x = dequantize.wide(side.values, side.scales).double()
-    return x if side.amax is None else x * (side.amax.double() / fp4.TENSOR_MAX)
+def decoded(side: Side, dtype: torch.dtype) -> Tensor:
+    """What an operand stands for: values * scales * amax / 2688, in ``dtype``."""
+    x = dequantize.wide(side.values, side.scales).to(dtype)
+    if side.amax is None:
+        return x
+    amax = side.amax.to(dtype)
+    return x * amax / torch.full_like(amax, fp4.TENSOR_MAX)
 
 
 def tensor_decode(amax: Tensor) -> Tensor:
