@@ -24,6 +24,9 @@ from lpcompile.ops import (
     quantize_nvfp4_t,
     scaled_mm,
     swizzle,
+    swizzle_experts,
+    swizzle_grouped,
+    swizzle_grouped_t,
 )
 
 ALL = (
@@ -50,4 +53,7 @@ ALL = (
     quantize_nvfp4_t,
     scaled_mm,
     swizzle,
+    swizzle_experts,
+    swizzle_grouped,
+    swizzle_grouped_t,
 )

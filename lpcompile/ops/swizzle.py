@@ -51,32 +51,39 @@ def offset(r, c, columns):
 
 
 @triton.jit
-def kernel(scales_ptr, flat_ptr, R, C, CP, stride_r, stride_c, BLOCK: tl.constexpr):
+def kernel(scales_ptr, flat_ptr, R, C, CP, stride_e, stride_r, stride_c, SIZE, BLOCK: tl.constexpr):
     # By bytes of the output, which are written in order: 8 tiles read 32 bytes of each row.
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.program_id(1).to(tl.int64)
     tile = at // 512
     byte = (at % 512).to(tl.int32)
-    r = (tile // (CP // 4)) * 128 + byte % 16 // 4 * 32 + byte // 16
+    r = (tile // (CP // 4)) * 128 + row_in_tile(byte)
     c = (tile % (CP // 4)) * 4 + byte % 4
-    live = (r < R) & (c < C)
-    scale = tl.load(scales_ptr + r * stride_r + c * stride_c, mask=live, other=0)
-    end = (R + 127) // 128 * 128 * CP.to(tl.int64)
-    tl.store(flat_ptr + at, scale, mask=at < end)
+    source = scales_ptr + expert * stride_e + r * stride_r + c * stride_c
+    scale = tl.load(source, mask=(r < R) & (c < C), other=0)
+    tl.store(flat_ptr + expert * SIZE + at, scale, mask=at < SIZE)
+
+
+@triton.jit
+def row_in_tile(byte):
+    """The row of a tile's byte, 0 .. 511."""
+    return byte % 16 // 4 * 32 + byte // 16
 
 
 def launch(scales: Tensor) -> Tensor:
-    flat = outputs(scales)
+    return fill(scales[None], outputs(scales))
+
+
+def fill(scales: Tensor, flat: Tensor) -> Tensor:
+    """Run the kernel on scales[E, R, C], each expert's tiles after the last's."""
+    E, R, C = scales.shape
     if flat.numel():
-        R, C = scales.shape
-        fill(scales.view(torch.uint8), flat.view(torch.uint8), R, C)
+        size = flat.numel() // E
+        kernel[(triton.cdiv(size, 4096), E)](
+            scales.view(torch.uint8), flat.view(torch.uint8), R, C, round_up(C, COLUMNS),
+            *scales.stride(), size, 4096, num_warps=4,
+        )  # fmt: skip
     return flat
-
-
-def fill(scales: Tensor, flat: Tensor, R: int, C: int) -> None:
-    """Run the kernel on bytes."""
-    kernel[(triton.cdiv(flat.numel(), 4096),)](
-        scales, flat, R, C, round_up(C, COLUMNS), *scales.stride(), 4096, num_warps=4
-    )
 
 
 op = define("swizzle(Tensor scales) -> Tensor", outputs=outputs, reference=reference, launch=launch)

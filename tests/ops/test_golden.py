@@ -99,3 +99,15 @@ def test_swizzled_scales_equal_the_golden_bytes(size, device):
     assert same(ops.swizzle.op(golden["scales"]), golden["swizzled"])
     as_e4m3 = ops.swizzle.op(golden["scales"].view(torch.float8_e4m3fn))
     assert same(as_e4m3, golden["swizzled"])
+
+
+@on_devices
+def test_swizzled_groups_equal_the_golden_bytes(device):
+    golden = load(GOLDEN / "swizzle_128x256.safetensors", device)
+    rows = ops.swizzle_grouped.op(golden["scales"], golden["m_groups_offs"])
+    assert rows.shape == golden["m_groups_swizzled"].shape
+    assert same(rows, golden["m_groups_swizzled"])
+    columns = ops.swizzle_grouped_t.op(golden["scales"], golden["k_groups_offs"])
+    assert columns.shape == golden["k_groups_swizzled"].shape
+    assert same(columns, golden["k_groups_swizzled"])
+    assert same(ops.swizzle_experts.op(golden["experts_scales"]), golden["experts_swizzled"])

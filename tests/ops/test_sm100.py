@@ -20,6 +20,8 @@ KERNELS = (
     ops.quantize_nvfp4,
     ops.hadamard,
     ops.swizzle,
+    ops.swizzle_grouped,
+    ops.swizzle_grouped_t,
     ops.dequantize,
     block_scaled,
 )
@@ -29,6 +31,7 @@ TYPES = {
     torch.float8_e4m3fn: "*fp8e4nv",
     torch.uint8: "*u8",
     torch.int16: "*i16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 
@@ -82,6 +85,8 @@ X = torch.zeros(256, 512, dtype=torch.bfloat16)
 ODD = torch.zeros(37, 203, dtype=torch.bfloat16)
 AMAX = torch.ones(1)
 SEED = torch.ones(1, dtype=torch.int64)
+SCALES = torch.zeros(256, 32, dtype=torch.uint8)
+OFFS = torch.tensor([100, 100, 256], dtype=torch.int32)
 E4M3 = torch.float8_e4m3fn
 RCEIL, FLOOR, NEAREST, STOCHASTIC = (E4M3, False), (E4M3, True), (AMAX, None, 0), (AMAX, SEED, 3)
 
@@ -108,7 +113,10 @@ CASES = {
     "nvfp4_stochastic_t": (ops.quantize_nvfp4_t, (X, *STOCHASTIC), E2M1_STOCHASTIC),
     "hadamard": (ops.hadamard, (X, hadamard.SIGNS), NO_CONVERSION),
     "hadamard_strided": (ops.hadamard, (ODD.t(), hadamard.SIGNS), NO_CONVERSION),
-    "swizzle": (ops.swizzle, (torch.zeros(256, 32, dtype=torch.uint8),), NO_CONVERSION),
+    "swizzle": (ops.swizzle, (SCALES,), NO_CONVERSION),
+    "swizzle_experts": (ops.swizzle_experts, (SCALES.view(2, 128, 32),), NO_CONVERSION),
+    "swizzle_grouped": (ops.swizzle_grouped, (SCALES, OFFS), NO_CONVERSION),
+    "swizzle_grouped_t": (ops.swizzle_grouped_t, (SCALES.t(), OFFS), NO_CONVERSION),
     "dequantize_mxfp8": (ops.dequantize, ops.quantize_mxfp8.reference(X, *RCEIL), NO_CONVERSION),
     "dequantize_nvfp4": (ops.dequantize, quantize_nvfp4.reference(X, *NEAREST), NO_CONVERSION),
 }
