@@ -5,7 +5,9 @@ from lpcompile.errors import LowPrecisionError, LowPrecisionWarning
 from lpcompile.explain import explain
 from lpcompile.formats import FORMATS, Format
 from lpcompile.functional import linear
+from lpcompile.gemm import Quantized
 from lpcompile.options import Options, Rule, set_defaults
+from lpcompile.quantized import dequantize, quantize
 from lpcompile.recipes import RECIPES, Gemm, Operand, Recipe
 from lpcompile.report import Report, Row
 
@@ -18,13 +20,16 @@ __all__ = [
     "LowPrecisionWarning",
     "Operand",
     "Options",
+    "Quantized",
     "Recipe",
     "Report",
     "Row",
     "Rule",
     "compile_blocks",
+    "dequantize",
     "explain",
     "linear",
     "lowprec",
+    "quantize",
     "set_defaults",
 ]

@@ -194,17 +194,29 @@ RECIPES: dict[str, Recipe] = {
     "fp8_rowwise": _fp8_rowwise(),
     "fp8_rowwise_wgrad_bf16": replace(_fp8_rowwise(), wgrad=None),
     "fp8_blockwise": _fp8_blockwise(),
+    "mxfp8": _mxfp8("mxfp8"),
+    "mxfp8_floor": _mxfp8("mxfp8_floor"),
+    "mxfp8_wgrad_bf16": replace(_mxfp8("mxfp8"), wgrad=None),
+    "nvfp4": _nvfp4(),
 }
 DEFAULT = "fp8_rowwise"
 
-# What other libraries call these: torchao's Float8LinearConfig and MoE training recipe names,
-# TransformerEngine's recipe classes.
+# What other libraries call these: torchao's Float8LinearConfig, MXLinearConfig and MoE training
+# recipe names, TransformerEngine's recipe classes.
 ALIASES = {
     "tensorwise": "fp8_tensorwise",
     "rowwise": "fp8_rowwise",
     "rowwise_with_gw_hp": "fp8_rowwise_wgrad_bf16",
     "Float8CurrentScaling": "fp8_tensorwise",
     "Float8BlockScaling": "fp8_blockwise",
+    "mxfp8_cublas": "mxfp8_floor",
+    "mxfp8_cublas_rceil": "mxfp8",
+    "mxfp8_emulated": "mxfp8_floor",
+    "mxfp8_rceil": "mxfp8",
+    "mxfp8_emulated_rceil": "mxfp8",
+    "mxfp8_rceil_wgrad_with_hp": "mxfp8_wgrad_bf16",
+    "MXFP8BlockScaling": "mxfp8",
+    "NVFP4BlockScaling": "nvfp4",
 }
 
 

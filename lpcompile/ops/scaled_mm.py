@@ -3,7 +3,8 @@
 Both have the contraction last (NT), with the decode scales that their quantizers made; the shape
 of the scales says over what they reach: [1] the tensor, [R] a row, [R, K / 128] or
 [R / 128, K / 128] blocks. Scales multiply the fp32 accumulator; a tensor scale applied to a bf16
-result would be wrong.
+result would be wrong. MXFP8 and NVFP4 operands, told by the dtype of their scales, and NVFP4's
+tensor amax, go to ``lpcompile.ops.block_scaled``.
 """
 
 from typing import Any
@@ -14,12 +15,14 @@ from torch import Tensor
 from lpcompile.ops import (
     amax_column,
     amax_tensor,
+    block_scaled,
     quantize_fp8_block,
     quantize_fp8_row,
     quantize_fp8_row_t,
     quantize_fp8_square,
     quantize_fp8_tensor,
 )
+from lpcompile.ops.block_scaled import Side
 from lpcompile.ops.define import ALIGN, define, per_column, round_up
 
 BLOCK = quantize_fp8_block.BLOCK
@@ -32,6 +35,8 @@ def outputs(
     b_scale: Tensor,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    a_amax: Tensor | None = None,
+    b_amax: Tensor | None = None,
 ) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
@@ -53,8 +58,12 @@ def exact(
     b_scale: Tensor,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    a_amax: Tensor | None = None,
+    b_amax: Tensor | None = None,
 ) -> Tensor:
     """The product of the dequantized operands in fp64, which every implementation must meet."""
+    if a_scale.dtype in block_scaled.SCALES:
+        return block_scaled.exact(Side(a, a_scale, a_amax), Side(b, b_scale, b_amax))
     return dequantize(a, a_scale, torch.float64) @ dequantize(b, b_scale, torch.float64).t()
 
 
@@ -65,7 +74,12 @@ def reference(
     b_scale: Tensor,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    a_amax: Tensor | None = None,
+    b_amax: Tensor | None = None,
 ) -> Tensor:
+    if a_scale.dtype in block_scaled.SCALES:
+        sides = Side(a, a_scale, a_amax), Side(b, b_scale, b_amax)
+        return block_scaled.reference(*sides, out_dtype)
     if a_scale.dim() == 2:
         wide = dequantize(a, a_scale, torch.float32) @ dequantize(b, b_scale, torch.float32).t()
     else:
@@ -80,9 +94,14 @@ def launch(
     b_scale: Tensor,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    a_amax: Tensor | None = None,
+    b_amax: Tensor | None = None,
 ) -> Tensor:
     if not (a.shape[0] and b.shape[0] and a.shape[1]):
         return a.new_zeros((a.shape[0], b.shape[0]), dtype=out_dtype)
+    if a_scale.dtype in block_scaled.SCALES:
+        sides = Side(a, a_scale, a_amax), Side(b, b_scale, b_amax)
+        return block_scaled.launch(*sides, out_dtype)
     capability = torch.cuda.get_device_capability(a.device)
     if capability < (8, 9) or (a_scale.dim() == 2 and capability[0] != 9):
         return reference(a, a_scale, b, b_scale, out_dtype, fast_accum)
@@ -122,13 +141,19 @@ def _is_square(values: Tensor, scales: Tensor) -> bool:
     return scales.dim() == 2 and scales.shape[0] != values.shape[0]
 
 
+def flops(a: Any, a_scale: Any, b: Any, b_scale: Any, *args: Any, **kwargs: Any) -> int:
+    """From the shapes: with a tensor amax, a byte of a is two elements."""
+    is_fp4 = len(args) > 2 and args[2] is not None
+    return 2 * a[0] * a[1] * (2 if is_fp4 else 1) * b[0]
+
+
 op = define(
     "scaled_mm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, ScalarType out_dtype,"
-    " bool fast_accum) -> Tensor",
+    " bool fast_accum, Tensor? a_amax=None, Tensor? b_amax=None) -> Tensor",
     outputs=outputs,
     reference=reference,
     launch=launch,
-    flops=lambda a, a_scale, b, b_scale, *args, **kwargs: 2 * a[0] * a[1] * b[0],
+    flops=flops,
 )
 kernel = None  # cuBLASLt and CUTLASS, through aten
 agrees = per_column(0.01)
@@ -167,6 +192,7 @@ def samples(device: str) -> list[tuple[Any, ...]]:
     bf16 = [(*a, *b, torch.bfloat16, False) for a, b in pairs]
     return [
         *bf16,
+        *block_scaled.samples(device),
         (*pairs[0][0], *pairs[0][1], torch.float32, True),
         (*bf16[2][:4], torch.float32, True),
     ]

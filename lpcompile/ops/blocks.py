@@ -1,0 +1,71 @@
+"""Blocks that share a scale, in torch and in a Triton tile: their amax, and a scale spread again.
+
+A block is ``rows`` x ``size`` elements, ``size`` of them along the contraction. Square blocks
+repeat their scale over their rows, which is how a GEMM reads it, so that scales are always
+[R, C / size]. Padding counts as zeros.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lpcompile.ops import fp8
+from lpcompile.ops.define import round_up
+
+
+def padded(x: Tensor, columns: int) -> Tensor:
+    """x[R, C] with zero columns up to ``columns``."""
+    return torch.nn.functional.pad(x, (0, columns - x.shape[1]))
+
+
+def shared_amax(x: Tensor, rows: int, size: int) -> Tensor:
+    """x[R, C], C a multiple of ``size`` -> amax[R, C / size] fp32; NaN above Inf above all."""
+    R, C = x.shape
+    if not x.numel():
+        return x.new_zeros((R, C // size), dtype=torch.float32)
+    whole = torch.nn.functional.pad(x, (0, 0, 0, round_up(R, rows) - R))
+    cut = whole.abs().unflatten(1, (-1, size)).unflatten(0, (-1, rows))
+    return cut.amax((1, 3)).float().repeat_interleave(rows, 0)[:R]
+
+
+def spread(scale: Tensor, size: int) -> Tensor:
+    """scale[R, n] -> [R, n * size], each for the ``size`` elements of its block."""
+    return scale.repeat_interleave(size, 1)
+
+
+def tile(x: Tensor, rows: int) -> tuple[int, int]:
+    """The tile (BR, BC) in which a quantizer reads x[R, C]: wide, or square when x is transposed.
+
+    A square tile reads and writes at least 64 elements in a row either way.
+    """
+    transposed = x.stride(0) == 1 and x.stride(1) != 1
+    return (64, 64) if transposed or rows > 1 else (16, 256)
+
+
+def runs_native(x: Tensor) -> bool:
+    """Whether x is on a Blackwell of the data center (10.x), whose conversions kernels use."""
+    return torch.cuda.get_device_capability(x.device)[0] == 10
+
+
+@triton.jit
+def tile_amax(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """``shared_amax`` of a bf16 tile x[BR, BC], BR a multiple of ROWS."""
+    BR: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1] // SIZE
+    bits = tl.max(tl.reshape(fp8.abs_bits(x), (BR, N, SIZE)), axis=2)
+    if ROWS > 1:
+        best = tl.max(tl.reshape(bits, (BR // ROWS, ROWS, N)), axis=1)
+        best = tl.broadcast_to(tl.expand_dims(best, 1), (BR // ROWS, ROWS, N))
+        bits = tl.reshape(best, (BR, N))
+    return fp8.amax_of_bits(bits)
+
+
+@triton.jit
+def tile_scaled(x, scale):
+    """x[BR, BC] fp32 times a scale[BR, n], one for each BC / n elements of a row."""
+    BR: tl.constexpr = x.shape[0]
+    BC: tl.constexpr = x.shape[1]
+    N: tl.constexpr = scale.shape[1]
+    cut = tl.reshape(x, (BR, N, BC // N)) * tl.expand_dims(scale, 2)
+    return tl.reshape(cut, (BR, BC))

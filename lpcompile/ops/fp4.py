@@ -1,0 +1,195 @@
+"""What every NVFP4 quantizer shares: two levels of scales, e2m1 rounding, in torch and Triton.
+
+    S_enc = min(2688 / amax_tensor, FLT_MAX); 1 where amax_tensor == 0           2688 = 448 * 6
+    s     = e4m3(min(amax_block * (S_enc * (1/6)), 448))          a zero scale is allowed
+    enc   = min(1 / (f32(s) * (1 / S_enc)), FLT_MAX)
+    q     = e2m1(clamp(x * enc, -6, 6)),  decoded as q * s * amax_tensor / 2688
+
+A block whose amax, or whose tensor's amax, is NaN or Inf gets the scale NaN and the codes of +6,
+which is what ``cvt.rn.satfinite.e2m1x2`` makes of NaN: e2m1 has none of its own. Two codes share a
+byte, the even element in the low half. Scales: arXiv 2509.25149, appendix C.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lpcompile.ops.philox import tile_words
+
+BLOCK = 16
+ALIGN = 32  # elements: 16 bytes
+MAX = 6.0
+TENSOR_MAX = 2688.0
+FLT_MAX = torch.finfo(torch.float32).max
+GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the magnitudes, by code
+# Where nearest rounding goes up, and whether a tie does: ties go to the even code.
+MIDPOINTS = (
+    (0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True),
+    (5.0, False),
+)  # fmt: skip
+
+
+def tensor_scale(amax: Tensor) -> Tensor:
+    """amax[...] fp32 -> S_enc, NaN where amax is not finite."""
+    # Tensor by tensor: torch turns 2688 / amax into 2688 * (1 / amax).
+    scale = (torch.full_like(amax, TENSOR_MAX) / amax).clamp(max=FLT_MAX)
+    return torch.where(amax.isfinite(), torch.where(amax == 0, 1.0, scale), torch.nan)
+
+
+def block_scale(amax: Tensor, tensor: Tensor) -> Tensor:
+    """amax[R, n] of blocks under S_enc -> s e4m3, NaN where an amax is not finite."""
+    scale = (amax * (tensor * (1 / 6))).clamp(max=448.0)
+    finite = amax.isfinite() & scale.isfinite()
+    return torch.where(finite, scale, torch.nan).to(torch.float8_e4m3fn)
+
+
+def encode_scale(s: Tensor, tensor: Tensor) -> Tensor:
+    """s[R, n] e4m3 under S_enc -> what x is multiplied by."""
+    return (1 / (s.float() * (1 / tensor))).clamp(max=FLT_MAX)
+
+
+def nearest(v: Tensor) -> Tensor:
+    """v[...] fp32 -> e2m1 codes, 0 .. 15, uint8; ties to the even code."""
+    a = v.abs()
+    code = torch.zeros_like(a, dtype=torch.uint8)
+    for midpoint, tie_up in MIDPOINTS:
+        code += a >= midpoint if tie_up else a > midpoint
+    return _signed(code, v)
+
+
+def stochastic(v: Tensor, word: Tensor) -> Tensor:
+    """v[...] fp32 -> codes, up where the upper 24 bits of ``word`` are below the fraction.
+
+    Between grid points lo < hi the fraction is (|v| - lo) / (hi - lo), exact in fp32.
+    """
+    grid = torch.tensor([*GRID, 8.0], device=v.device)
+    a = v.abs().nan_to_num(MAX).clamp(max=MAX)
+    code = torch.bucketize(a.contiguous(), grid[1:8], right=True)
+    fraction = (a - grid[code]) / (grid[code + 1] - grid[code])
+    up = (word >> 8).float() * 2.0**-24 < fraction
+    return _signed((code + up).to(torch.uint8), v)
+
+
+def _signed(code: Tensor, v: Tensor) -> Tensor:
+    return torch.where(v.isnan(), 7, code | (v.signbit().to(torch.uint8) << 3))
+
+
+def pack(codes: Tensor) -> Tensor:
+    """codes[R, C] -> bytes[R, C / 2], the even element in the low half."""
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack(values: Tensor) -> Tensor:
+    """bytes[R, C / 2] -> fp32[R, C]."""
+    grid = torch.tensor([*GRID, *(-g for g in GRID)], device=values.device)
+    codes = torch.stack([values & 15, values >> 4], dim=2).flatten(1)
+    return grid[codes.long()]
+
+
+@triton.jit
+def tile_tensor_scale(amax):
+    """``tensor_scale``, in a kernel."""
+    scale = tl.minimum(tl.div_rn(2688.0, amax), 3.4028234663852886e38)
+    finite = amax.to(tl.int32, bitcast=True) < 0x7F800000
+    return tl.where(finite, tl.where(amax == 0, 1.0, scale), float("nan"))
+
+
+@triton.jit
+def tile_block_scale(amax, tensor):
+    """``block_scale``, in a kernel."""
+    scale = tl.minimum(amax * (tensor * (1 / 6)), 448.0)
+    known = tensor.to(tl.int32, bitcast=True) < 0x7F800000
+    finite = (amax.to(tl.int32, bitcast=True) < 0x7F800000) & known
+    return tl.where(finite, scale, float("nan")).to(tl.float8e4nv)
+
+
+@triton.jit
+def tile_encode_scale(s, tensor):
+    """``encode_scale``, in a kernel; a NaN scale stays NaN."""
+    wide = s.to(tl.float32)
+    enc = tl.minimum(tl.div_rn(1.0, wide * tl.div_rn(1.0, tensor)), 3.4028234663852886e38)
+    return tl.where(wide == wide, enc, float("nan"))
+
+
+@triton.jit
+def tile_codes(v, index, seed, draw, STOCHASTIC: tl.constexpr):
+    """``nearest`` or ``stochastic`` of a tile, as int32.
+
+    With 2^e the power of two at or below |v|, at least 1, grid points are 2^(e - 1) apart, and the
+    code is |v| in such steps, plus 2e. Nearest: adding 2^(e + 22) rounds to that step, in the
+    addition's own rounding. The minimum drops NaN, and so makes it 6.
+    """
+    bits = v.to(tl.int32, bitcast=True)
+    a = tl.minimum(tl.abs(v), 6.0)
+    power = tl.maximum(a.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
+    if STOCHASTIC:
+        steps = a * ((255 << 23) - power).to(tl.float32, bitcast=True)
+        whole = steps.to(tl.int32)
+        random = (tile_words(seed, draw, index) >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
+        code = whole + (random < steps - whole.to(tl.float32)).to(tl.int32)
+    else:
+        shift = power + (22 << 23)
+        rounded = a + shift.to(tl.float32, bitcast=True)
+        code = rounded.to(tl.int32, bitcast=True) - shift
+    code += (power >> 22) - 254
+    return code | ((bits >> 28) & 8)
+
+
+@triton.jit
+def tile_pack(codes):
+    """``pack`` of a tile [BR, BC] int32 -> [BR, BC / 2] uint8."""
+    BR: tl.constexpr = codes.shape[0]
+    BC: tl.constexpr = codes.shape[1]
+    low, high = tl.split(tl.reshape(codes, (BR, BC // 2, 2)))
+    return (low | (high << 4)).to(tl.uint8)
+
+
+@triton.jit
+def native_nearest(v):
+    """v[BR, BC] fp32 -> [BR, BC / 2] uint8, rounded and packed by Blackwell's conversion."""
+    BR: tl.constexpr = v.shape[0]
+    BC: tl.constexpr = v.shape[1]
+    low, high = tl.split(tl.reshape(v, (BR, BC // 2, 2)))
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b8 b<4>;
+        cvt.rn.satfinite.e2m1x2.f32 b0, $5, $1;
+        cvt.rn.satfinite.e2m1x2.f32 b1, $6, $2;
+        cvt.rn.satfinite.e2m1x2.f32 b2, $7, $3;
+        cvt.rn.satfinite.e2m1x2.f32 b3, $8, $4;
+        mov.b32 $0, {b0, b1, b2, b3};
+        }""",
+        "=r,f,f,f,f,f,f,f,f", [low, high], dtype=tl.uint8, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def native_stochastic(v, index, seed, draw):
+    """v[BR, BC] fp32, index[BR, BC / 4] -> [BR, BC / 4] int16 of four codes each.
+
+    One random word serves four elements, so the bits differ from ``stochastic``; the distribution
+    does not, but for the 8 random bits that an element gets.
+    """
+    BR: tl.constexpr = v.shape[0]
+    BC: tl.constexpr = v.shape[1]
+    even, odd = tl.split(tl.reshape(v, (BR, BC // 4, 2, 2)))  # of elements 0 2, and of 1 3
+    v0, v2 = tl.split(even)
+    v1, v3 = tl.split(odd)
+    return tl.inline_asm_elementwise(
+        "cvt.rs.satfinite.e2m1x4.f32 $0, {$4, $3, $2, $1}, $5;",
+        "=h,f,f,f,f,r", [v0, v1, v2, v3, tile_words(seed, draw, index)],
+        dtype=tl.int16, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def tile_decode(values):
+    """Bytes[BR, BC / 2] uint8 -> fp32[BR, BC], exact."""
+    BR: tl.constexpr = values.shape[0]
+    HALF: tl.constexpr = values.shape[1]
+    wide = values.to(tl.int32)
+    codes = tl.reshape(tl.join(wide & 15, wide >> 4), (BR, HALF * 2))
+    # The code of e2m1, placed at the top of a bf16's or fp32's mantissa, is 2^-126 of its value.
+    small = (((codes & 7) << 22) | ((codes & 8) << 28)).to(tl.float32, bitcast=True)
+    return small * 8.507059173023462e37  # 2^126

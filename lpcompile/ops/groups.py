@@ -1,0 +1,70 @@
+"""Ragged groups of rows: group e of x[T, C] is x[offs[e - 1] : offs[e]], found on the device.
+
+offs[E] int32 are cumulative ends; they never come to the host. Rows past offs[-1] are in no group.
+
+An operand that is contracted along tokens lies with each group's rows, as columns, at a multiple of
+``align``, zeros after them: values[C, Tp]. Where the groups lie there is ``offs_padded[E]``. Tp is
+round_up(T, align) + E * align, enough for any groups of T rows, so that no shape depends on data.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lpcompile.ops.define import round_up
+
+
+def padded_length(num_tokens: Any, num_groups: int, align: int) -> Any:
+    """Tp: the columns that hold ``num_groups`` groups of ``num_tokens`` rows, each aligned."""
+    return round_up(num_tokens, align) + num_groups * align
+
+
+def padded_ends(offs: Tensor, align: int) -> Tensor:
+    """offs[E] of groups whose sizes are rounded up to ``align``; without a synchronisation."""
+    sizes = offs.diff(prepend=offs.new_zeros(1))
+    return round_up(sizes, align).cumsum(0, dtype=torch.int32)
+
+
+def slices(offs: Tensor) -> list[slice]:
+    """Every group's rows. For references: it waits for the device."""
+    return [slice(start, end) for start, end in itertools.pairwise([0, *offs.tolist()])]
+
+
+@triton.jit
+def load(offs_ptr, E, EP: tl.constexpr):
+    """The first row of every group and the row after its last, [EP] each; 0 past E."""
+    e = tl.arange(0, EP)
+    starts = tl.load(offs_ptr + e - 1, mask=(e > 0) & (e < E), other=0)
+    return starts, tl.load(offs_ptr + e, mask=e < E, other=0)
+
+
+@triton.jit
+def locate(tile, starts, ends, TILE: tl.constexpr, ALIGN: tl.constexpr, EP: tl.constexpr):
+    """Where tile ``tile`` lies, of the tiles of TILE rows (a multiple of ALIGN) that cut groups.
+
+    -> its group, the group's first row, the row after its last, the tile's index in the group, and
+    the group's first row in the padded layout. Past the last tile: group EP, no rows, the index
+    counted from there, the end of the padded layout.
+    """
+    sizes = ends - starts
+    sizes = tl.where(sizes > 0, sizes, 0)  # past E
+    tiles = tl.cdiv(sizes, TILE)
+    group = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
+    e = tl.arange(0, EP)
+    first = tl.sum(tl.where(e == group, starts, 0), 0)
+    last = tl.sum(tl.where(e == group, ends, 0), 0)
+    index = tile - tl.sum(tl.where(e < group, tiles, 0), 0)
+    padded = tl.sum(tl.where(e < group, tl.cdiv(sizes, ALIGN) * ALIGN, 0), 0)
+    return group, first, last, index, padded
+
+
+@triton.jit
+def store_padded_ends(padded_ptr, starts, ends, E, ALIGN: tl.constexpr, EP: tl.constexpr):
+    """``padded_ends``, in a kernel."""
+    e = tl.arange(0, EP)
+    sizes = tl.where(e < E, ends - starts, 0)
+    tl.store(padded_ptr + e, tl.cumsum(tl.cdiv(sizes, ALIGN) * ALIGN, 0), mask=e < E)

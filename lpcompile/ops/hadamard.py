@@ -1,0 +1,140 @@
+"""The random Hadamard transform of x.T in runs of 16: x[M, C] bf16 -> y[C, Mp] bf16.
+
+    y[c, 16 i + j] = sum_k  x[16 i + k, c] * s[k] * H[k, j] / 4
+
+Mp is M rounded up to 16; rows past M count as zeros. ``signs`` is the mask of negative s[k], bit k
+for row k. Both operands of wgrad get it along tokens, where it cancels: (R a).(R b) = a.b. The sum
+is the fp32 butterfly of strides 1, 2, 4, 8, rounded once. Source: arXiv 2509.25149, section 3.3.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lpcompile.ops import amax_column
+from lpcompile.ops.define import define, round_up, same_bits
+
+RUN = 16
+NAN = 0x7FC0  # one bf16 NaN on every device
+
+
+def outputs(x: Tensor, signs: int) -> Tensor:
+    return x.new_empty((x.shape[1], round_up(x.shape[0], RUN)), dtype=torch.bfloat16)
+
+
+def reference(x: Tensor, signs: int) -> Tensor:
+    M, C = x.shape
+    whole = torch.nn.functional.pad(x.t(), (0, round_up(M, RUN) - M)).float()
+    negative = torch.tensor([signs >> k & 1 for k in range(RUN)], device=x.device).bool()
+    runs = whole.unflatten(1, (-1, RUN)) if M else whole.view(C, 0, RUN)
+    runs = torch.where(negative, -runs, runs)  # [C, n, 16]
+    for stride in (1, 2, 4, 8):
+        pairs = runs.unflatten(2, (-1, 2, stride))
+        a, b = pairs.unbind(3)
+        runs = torch.stack([a + b, a - b], dim=3).flatten(2)
+    y = (runs / 4).flatten(1).bfloat16()
+    return torch.where(y.isnan(), torch.nan, y)
+
+
+@triton.jit
+def butterfly(v, STRIDE: tl.constexpr):
+    """One stage, on a tuple of 16 tensors."""
+    out = ()
+    for k in tl.static_range(16):
+        pair = v[k - STRIDE] - v[k] if k & STRIDE else v[k] + v[k + STRIDE]
+        out = out + (pair,)  # type: ignore[assignment]
+    return out
+
+
+@triton.jit
+def transform(v):
+    """The 16-point transform of a tuple of 16 fp32 tensors, times 1/4."""
+    v = butterfly(butterfly(butterfly(butterfly(v, 1), 2), 4), 8)
+    out = ()
+    for k in tl.static_range(16):
+        out = out + (v[k] * 0.25,)  # type: ignore[assignment]
+    return out
+
+
+@triton.jit
+def joined(v, HALF: tl.constexpr):
+    """Tensors k and k + HALF of a tuple of 2 HALF joined, along a new last dimension."""
+    out = ()
+    for k in tl.static_range(HALF):
+        out = out + (tl.join(v[k], v[k + HALF]),)  # type: ignore[assignment]
+    return out
+
+
+@triton.jit
+def interleaved(v):
+    """A tuple of 16 tensors [BC, BN] -> [BC, BN * 16], the tuple's index fastest."""
+    y = joined(joined(joined(joined(v, 8), 4), 2), 1)[0]  # [BC, BN, 2, 2, 2, 2]
+    BC: tl.constexpr = y.shape[0]
+    BN: tl.constexpr = y.shape[1]
+    return tl.reshape(y, (BC, BN * 16))
+
+
+@triton.jit
+def kernel(
+    x_ptr, y_ptr, M, C, MP, stride_m, stride_c,
+    SIGNS: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    start = tl.program_id(0) * (BN * 16)
+    run = start + tl.arange(0, BN) * 16
+    rows = ()
+    for k in tl.static_range(16):
+        m = run + k
+        at = c[:, None].to(tl.int64) * stride_c + m[None, :].to(tl.int64) * stride_m
+        live = (c < C)[:, None] & (m < M)[None, :]
+        x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+        x = x * -1.0 if (SIGNS >> k) & 1 else x  # not -x, which is 0 - x and loses -0
+        rows = rows + (x,)  # type: ignore[assignment]
+    y = interleaved(transform(rows))
+    bits = y.to(tl.bfloat16).to(tl.int16, bitcast=True)
+    bits = tl.where(y == y, bits, 0x7FC0)
+    out = start + tl.arange(0, BN * 16)
+    to = y_ptr + c[:, None].to(tl.int64) * MP + out[None, :]
+    tl.store(to, bits, mask=(c < C)[:, None] & (out < MP)[None, :])
+
+
+def fill(x: Tensor, signs: int, y: Tensor) -> Tensor:
+    """Run the kernel on x[M, C], whatever its strides, into y[C, Mp]."""
+    (M, C), MP = x.shape, y.shape[1]
+    BC, BN = 64, 4
+    kernel[(triton.cdiv(MP, BN * RUN), triton.cdiv(C, BC))](
+        x, y.view(torch.int16), M, C, MP, *x.stride(), signs, BC, BN, num_warps=4
+    )
+    return y
+
+
+def launch(x: Tensor, signs: int) -> Tensor:
+    if not x.numel():
+        return reference(x, signs)
+    return fill(x, signs, outputs(x, signs))
+
+
+op = define(
+    "hadamard(Tensor x, int signs) -> Tensor",
+    outputs=outputs,
+    reference=reference,
+    launch=launch,
+)
+agrees = same_bits
+
+
+def samples(device: str) -> list[tuple[Any, ...]]:
+    large = torch.randn(160, 288, device=device, dtype=torch.bfloat16)
+    powers = torch.arange(-133, 128, device=device)[:, None]
+    spread = torch.randn(261, 48, device=device, dtype=torch.bfloat16).clamp(-1.9, 1.9)
+    spread = torch.ldexp(spread.double(), powers).to(torch.bfloat16)
+    inputs = [large, large.t(), large * 1e-38, large[:5], spread, spread.t()]
+    cases = [(x, SIGNS) for x in (*inputs, *(args[0] for args in amax_column.samples(device)))]
+    return [*cases, (large, 0), (large, 0xFFFF), (large, 1)]
+
+
+# s = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1), the same on every rank.
+SIGNS = sum(1 << k for k in (3, 5, 6, 7, 8, 9, 10, 12, 14, 15))

@@ -1,0 +1,47 @@
+"""Philox4x32-10 (Salmon et al., SC 2011): the random numbers of stochastic rounding.
+
+    word = the first word of Philox(key = seed, counter = (index, index >> 32, draw, 0))
+
+``index`` is the logical element, r * C + c of the operand [R, C] that is quantized, so that a draw
+depends on no launch grid, no tile and no device; ``draw`` tells apart the ops that share a seed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+MASK = 0xFFFFFFFF
+
+
+def philox(seed: Tensor, counter: tuple[Tensor | int, Tensor | int, int, int]) -> list[Tensor]:
+    """The four words, 0 .. 2^32 - 1 as int64, for counters of any shape under a seed[1] int64."""
+    c0, c1, c2, c3 = (torch.as_tensor(c, device=seed.device) for c in counter)
+    k0, k1 = seed & MASK, (seed >> 32) & MASK
+    for _ in range(ROUNDS):
+        # The product wraps modulo 2^64, which int64 does too.
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c2 = ((p1 >> 32) & MASK) ^ c1 ^ k0, ((p0 >> 32) & MASK) ^ c3 ^ k1
+        c1, c3 = p1 & MASK, p0 & MASK
+        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
+    return [c0, c1, c2, c3]
+
+
+def words(seed: Tensor, draw: int, shape: tuple[int, int]) -> Tensor:
+    """The word of every element of an operand of that shape -> [R, C] int64."""
+    index = torch.arange(shape[0] * shape[1], device=seed.device).view(shape)
+    return philox(seed, (index & MASK, index >> 32, draw, 0))[0]
+
+
+@triton.jit
+def tile_words(seed, draw, index):
+    """``words`` of a tile: seed int64, index[...] int64 -> uint32."""
+    low = index.to(tl.uint32)
+    zero = low * 0
+    word, _, _, _ = tl.philox(
+        seed.to(tl.uint64, bitcast=True), low, (index >> 32).to(tl.uint32), zero + draw, zero
+    )
+    return word

@@ -1,0 +1,116 @@
+"""Quantize to MXFP8: x[R, C] bf16 -> values[R, Cp] e4m3, scales[R, Cp / 32] e8m0 as uint8.
+
+One scale per 1x32. Cp is C rounded up to 32, and the padding is zero. Arithmetic:
+``lpcompile.ops.mx``. The kernel serves the four MXFP8 quantizers: strides say what is transposed,
+ROWS what shares.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lpcompile.ops import amax_column, blocks, fp8, mx
+from lpcompile.ops.define import define, round_up, same_bits
+from lpcompile.ops.mx import BLOCK
+
+
+def outputs(x: Tensor, element: torch.dtype, floor: bool) -> tuple[Tensor, Tensor]:
+    R, CP = x.shape[0], round_up(x.shape[1], BLOCK)
+    return x.new_empty((R, CP), dtype=element), x.new_empty((R, CP // BLOCK), dtype=torch.uint8)
+
+
+def reference(x: Tensor, element: torch.dtype, floor: bool) -> tuple[Tensor, Tensor]:
+    return by_blocks(x, 1, element, floor)
+
+
+def by_blocks(x: Tensor, rows: int, element: torch.dtype, floor: bool) -> tuple[Tensor, Tensor]:
+    """x[R, C] with a scale per (rows, 32), repeated over the rows."""
+    R, C = x.shape
+    whole = blocks.padded(x, round_up(C, BLOCK))
+    byte = mx.scale_byte(blocks.shared_amax(whole, rows, BLOCK), element, floor)
+    values = fp8.cast(whole, blocks.spread(mx.encode_scale(byte), BLOCK), element)
+    values.view(torch.uint8)[:, C:] = 0  # under a NaN scale too
+    return values.contiguous(), byte.contiguous()
+
+
+@triton.jit
+def kernel(
+    x_ptr,
+    values_ptr,
+    scales_ptr,
+    R,
+    C,
+    CP,
+    stride_r,
+    stride_c,
+    LIMIT: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    FLOOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    NATIVE: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    at = r[:, None].to(tl.int64) * stride_r + c[None, :].to(tl.int64) * stride_c
+    live = (r < R)[:, None] & (c < C)[None, :]
+    x = tl.load(x_ptr + at, mask=live, other=0.0)
+    byte = mx.encode(blocks.tile_amax(x, ROWS, 32), LIMIT, EXPONENT, FLOOR, NATIVE)
+    scaled = blocks.tile_scaled(x.to(tl.float32), mx.encoding(byte))
+    values = fp8.narrow(tl.where(live, scaled, 0.0), LIMIT, ELEMENT)
+    out = r[:, None].to(tl.int64) * CP + c[None, :]
+    tl.store(values_ptr + out, values, mask=(r < R)[:, None] & (c < CP)[None, :])
+    n = tl.program_id(1) * (BC // 32) + tl.arange(0, BC // 32)
+    to = r[:, None].to(tl.int64) * (CP // 32) + n[None, :]
+    mask = (r < R)[:, None] & (n < CP // 32)[None, :]
+    tl.store(scales_ptr + to, byte.to(tl.uint8), mask=mask)
+
+
+def fill(
+    x: Tensor, made: tuple[Tensor, Tensor], element: torch.dtype, floor: bool, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel on x[R, C], whatever its strides, into ``made``."""
+    values, scales = made
+    (R, C), CP = x.shape, values.shape[1]
+    BR, BC = blocks.tile(x, rows)
+    kernel[(triton.cdiv(R, BR), triton.cdiv(CP, BC))](
+        x, values, scales, R, C, CP, *x.stride(),
+        fp8.MAX[element], mx.EXPONENT[element], fp8.TRITON[element], floor, rows,
+        blocks.runs_native(x), BR, BC, num_warps=4,
+    )  # fmt: skip
+    return made
+
+
+def launch(x: Tensor, element: torch.dtype, floor: bool) -> tuple[Tensor, Tensor]:
+    if not fp8.runs_triton(x) or not x.numel():
+        return reference(x, element, floor)
+    return fill(x, outputs(x, element, floor), element, floor, rows=1)
+
+
+op = define(
+    "quantize_mxfp8(Tensor x, ScalarType element, bool floor) -> (Tensor, Tensor)",
+    outputs=outputs,
+    reference=reference,
+    launch=launch,
+)
+agrees = same_bits
+
+
+def samples(device: str) -> list[tuple[Any, ...]]:
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    large = torch.randn(160, 288, device=device, dtype=torch.bfloat16)
+    # Rows of every magnitude that bf16 has: 2^-133, its smallest, to 2^127.
+    spread = torch.randn(261, 64, device=device, dtype=torch.bfloat16).clamp(-1.9, 1.9)
+    powers = torch.arange(-133, 128, device=device)[:, None]
+    spread = torch.ldexp(spread.double(), powers).to(torch.bfloat16)
+    inputs = [large, large.t(), spread, spread.t()]
+    return [
+        (x, element, floor)
+        for x in (*inputs, *(args[0] for args in amax_column.samples(device)))
+        for element, floor in ((e4m3, False), (e4m3, True), (e5m2, False))
+    ]

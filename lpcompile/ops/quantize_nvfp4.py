@@ -1,0 +1,151 @@
+"""Quantize to NVFP4: x[R, C] bf16, amax[1] -> values[R, Cp / 2] uint8, scales[R, Cp / 16] e4m3.
+
+One scale per 1x16 under that of the tensor, whose amax comes from ``amax_tensor``. Cp is C rounded
+up to 32, and the padding is zero. With a seed[1] int64 rounding is stochastic, and ``draw`` tells
+apart the ops that share the seed; without one it is to nearest. Arithmetic: ``lpcompile.ops.fp4``.
+The kernel serves the four NVFP4 quantizers: strides say what is transposed, ROWS what shares.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lpcompile.ops import amax_column, amax_tensor, blocks, fp4, fp8
+from lpcompile.ops.define import define, round_up, same_bits
+from lpcompile.ops.fp4 import ALIGN, BLOCK
+from lpcompile.ops.philox import words
+
+
+def outputs(x: Tensor, amax: Tensor, seed: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
+    R, CP = x.shape[0], round_up(x.shape[1], ALIGN)
+    scales = x.new_empty((R, CP // BLOCK), dtype=torch.float8_e4m3fn)
+    return x.new_empty((R, CP // 2), dtype=torch.uint8), scales
+
+
+def reference(x: Tensor, amax: Tensor, seed: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
+    return by_blocks(x, amax, seed, draw, 1)
+
+
+def by_blocks(
+    x: Tensor, amax: Tensor, seed: Tensor | None, draw: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """x[R, C] with a scale per (rows, 16), repeated over the rows."""
+    R, C = x.shape
+    whole = blocks.padded(x, round_up(C, ALIGN))
+    tensor = fp4.tensor_scale(amax)
+    s = fp4.block_scale(blocks.shared_amax(whole, rows, BLOCK), tensor)
+    v = whole.float() * blocks.spread(fp4.encode_scale(s, tensor), BLOCK)
+    v[:, C:] = 0  # under a NaN scale too
+    if seed is None:
+        codes = fp4.nearest(v)
+    else:
+        codes = fp4.nearest(v)
+        codes[:, :C] = fp4.stochastic(v[:, :C], words(seed, draw, (R, C)))
+    return fp4.pack(codes).contiguous(), s.contiguous()
+
+
+@triton.jit
+def kernel(
+    x_ptr,
+    amax_ptr,
+    seed_ptr,
+    values_ptr,
+    scales_ptr,
+    R,
+    C,
+    CP,
+    stride_r,
+    stride_c,
+    draw,
+    STOCHASTIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    NATIVE: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    start = tl.program_id(1) * BC
+    c = start + tl.arange(0, BC)
+    at = r[:, None].to(tl.int64) * stride_r + c[None, :].to(tl.int64) * stride_c
+    live = (r < R)[:, None] & (c < C)[None, :]
+    x = tl.load(x_ptr + at, mask=live, other=0.0)
+    tensor = fp4.tile_tensor_scale(tl.load(amax_ptr))
+    s = fp4.tile_block_scale(blocks.tile_amax(x, ROWS, 16), tensor)
+    scaled = blocks.tile_scaled(x.to(tl.float32), fp4.tile_encode_scale(s, tensor))
+    v = tl.where(live, scaled, 0.0)
+    seed = tl.load(seed_ptr) if STOCHASTIC else 0
+    first = r[:, None].to(tl.int64) * C  # the logical index of the row's first element
+    bytes_per_row = CP // 2
+    if NATIVE and STOCHASTIC:
+        four = start // 4 + tl.arange(0, BC // 4)
+        codes = fp4.native_stochastic(v, first + four[None, :] * 4, seed, draw)
+        out = values_ptr.to(tl.pointer_type(tl.int16)) + r[:, None].to(tl.int64) * (CP // 4)
+        tl.store(out + four[None, :], codes, mask=(r < R)[:, None] & (four < CP // 4)[None, :])
+    else:
+        if NATIVE:
+            packed = fp4.native_nearest(v)
+        else:
+            packed = fp4.tile_pack(fp4.tile_codes(v, first + c[None, :], seed, draw, STOCHASTIC))
+        two = start // 2 + tl.arange(0, BC // 2)
+        out = values_ptr + r[:, None].to(tl.int64) * bytes_per_row
+        tl.store(out + two[None, :], packed, mask=(r < R)[:, None] & (two < CP // 2)[None, :])
+    n = start // 16 + tl.arange(0, BC // 16)
+    to = scales_ptr + r[:, None].to(tl.int64) * (CP // 16)
+    tl.store(to + n[None, :], s, mask=(r < R)[:, None] & (n < CP // 16)[None, :])
+
+
+def fill(
+    x: Tensor,
+    amax: Tensor,
+    seed: Tensor | None,
+    draw: int,
+    made: tuple[Tensor, Tensor],
+    rows: int,
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel on x[R, C], whatever its strides, into ``made``."""
+    values, scales = made
+    (R, C), CP = x.shape, values.shape[1] * 2
+    BR, BC = blocks.tile(x, rows)
+    # No multiply-add fusion: x * enc is rounded before what is subtracted from it.
+    kernel[(triton.cdiv(R, BR), triton.cdiv(CP, BC))](
+        x, amax, seed, values, scales, R, C, CP, *x.stride(), draw,
+        seed is not None, rows, blocks.runs_native(x), BR, BC,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return made
+
+
+def launch(x: Tensor, amax: Tensor, seed: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
+    if not fp8.runs_triton(x) or not x.numel():
+        return reference(x, amax, seed, draw)
+    return fill(x, amax, seed, draw, outputs(x, amax, seed, draw), rows=1)
+
+
+op = define(
+    "quantize_nvfp4(Tensor x, Tensor amax, Tensor? seed, int draw) -> (Tensor, Tensor)",
+    outputs=outputs,
+    reference=reference,
+    launch=launch,
+)
+agrees = same_bits
+
+
+def samples(device: str) -> list[tuple[Any, ...]]:
+    seed = torch.tensor([0x0123456789ABCDEF], device=device)
+    large = torch.randn(160, 288, device=device, dtype=torch.bfloat16)
+    powers = torch.arange(-133, 128, device=device)[:, None]
+    spread = torch.randn(261, 48, device=device, dtype=torch.bfloat16).clamp(-1.9, 1.9)
+    spread = torch.ldexp(spread.double(), powers).to(torch.bfloat16)
+    ties = (torch.arange(-48, 48, device=device) / 8).to(torch.bfloat16).expand(16, 96)
+    inputs = [large, large.t(), spread, spread.t(), ties, large * 1e-38, large * 1e36]
+    cases = [
+        (x, amax_tensor.reference(x), s, draw)
+        for x in (*inputs, *(args[0] for args in amax_column.samples(device)))
+        for s, draw in ((None, 0), (seed, 0), (seed, 7))
+    ]
+    bad = next(x for x, *_ in cases if not x.isfinite().all())
+    amax = torch.tensor([0.25], device=device)  # smaller than the tensor's
+    return [*cases, (large, amax, None, 0), (bad, amax, None, 0), (bad, amax, seed, 3)]

@@ -1,0 +1,80 @@
+"""``swizzle`` of groups of columns: scales[R, S], offs[E] -> [Rp, Sp], bytes.
+
+What a grouped GEMM reads of both operands of wgrad, whose contraction runs along tokens; offs[E]
+are the groups' ends in columns of scales. Each group's columns are padded with zeros to a multiple
+of 4 and tiled on their own, one group's tiles, all rows, after the last's. Sp is S rounded up to 4,
+plus 4 for each group; the tail is zero. Columns past offs[-1] reach nothing.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lpcompile.ops import groups, swizzle, swizzle_grouped
+from lpcompile.ops.define import define, round_up, same_bits
+from lpcompile.ops.swizzle import COLUMNS, ROWS
+
+agrees = same_bits
+
+
+def outputs(scales: Tensor, offs: Tensor) -> Tensor:
+    R, S = scales.shape
+    columns = groups.padded_length(S, offs.shape[0], COLUMNS)
+    return scales.new_empty((round_up(R, ROWS), columns))
+
+
+def reference(scales: Tensor, offs: Tensor) -> Tensor:
+    flat = torch.zeros_like(outputs(scales, offs), dtype=torch.uint8)
+    at = 0
+    for columns in groups.slices(offs):
+        tiles = swizzle.tiles(scales[:, columns].view(torch.uint8)).flatten()
+        flat.view(-1)[at : at + tiles.numel()] = tiles
+        at += tiles.numel()
+    return flat.view(scales.dtype)
+
+
+@triton.jit
+def kernel(
+    scales_ptr, offs_ptr, flat_ptr, E, R, SP, stride_r, stride_s, EP: tl.constexpr,
+):  # fmt: skip
+    # A program writes 8 tiles that are one below the other.
+    starts, ends = groups.load(offs_ptr, E, EP)
+    column = tl.program_id(0)
+    group, first, last, index, padded = groups.locate(column, starts, ends, 4, 4, EP)
+    at = tl.arange(0, 4096)
+    byte = at % 512
+    strip = tl.program_id(1) * 8 + at // 512
+    r = strip * 128 + swizzle.row_in_tile(byte)
+    s = first + index * 4 + byte % 4
+    source = scales_ptr + r.to(tl.int64) * stride_r + s.to(tl.int64) * stride_s
+    scale = tl.load(source, mask=(r < R) & (s < last), other=0)
+    # Past the last group every tile column is a group of its own width.
+    strips = tl.cdiv(R, 128)
+    across = tl.where(group < E, tl.cdiv(last - first, 4), SP // 4 - padded // 4)
+    before = (padded // 4).to(tl.int64) * strips
+    to = (before + strip * across + index) * 512 + byte
+    tl.store(flat_ptr + to, scale, mask=strip < strips)
+
+
+def launch(scales: Tensor, offs: Tensor) -> Tensor:
+    flat = outputs(scales, offs)
+    if flat.numel():
+        (RP, SP), E = flat.shape, offs.shape[0]
+        kernel[(SP // COLUMNS, triton.cdiv(RP, 8 * ROWS))](
+            scales.view(torch.uint8), offs, flat.view(torch.uint8), E, scales.shape[0], SP,
+            *scales.stride(), triton.next_power_of_2(E), num_warps=4,
+        )  # fmt: skip
+    return flat
+
+
+op = define(
+    "swizzle_grouped_t(Tensor scales, Tensor offs) -> Tensor",
+    outputs=outputs,
+    reference=reference,
+    launch=launch,
+)
+
+
+def samples(device: str) -> list[tuple[Tensor, Tensor]]:
+    return [(scales.t(), offs) for scales, offs in swizzle_grouped.samples(device)]
