@@ -17,11 +17,17 @@ from lpcompile.recipes import DEFAULT, Gemm, Recipe, get_recipe
 
 
 def product(
-    a: Tensor, b: Tensor, how: Gemm | None, *, transpose: tuple[bool, bool] = (False, False)
+    a: Tensor,
+    b: Tensor,
+    how: Gemm | None,
+    *,
+    transpose: tuple[bool, bool] = (False, False),
+    seed: Tensor | None = None,
+    draw: int = 0,
 ) -> Tensor:
     """a[M, K] @ b[N, K].T, or with either given transposed, narrowed or (None) in its own dtype."""
     if how is not None:
-        return gemm.mm(a, b, how, transpose=transpose)
+        return gemm.mm(a, b, how, transpose=transpose, seed=seed, draw=draw)
     return (a.t() if transpose[0] else a) @ (b if transpose[1] else b.t())
 
 
@@ -34,12 +40,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, w = ctx.saved_tensors
+        (x, w), recipe = ctx.saved_tensors, ctx.recipe
+        seed = gemm.new_seed(dy.device) if recipe.is_stochastic else None
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = product(dy, w, ctx.recipe.dgrad, transpose=(False, True))
+            dx = product(dy, w, recipe.dgrad, transpose=(False, True), seed=seed, draw=0)
         if ctx.needs_input_grad[1]:
-            dw = product(dy, x, ctx.recipe.wgrad, transpose=(True, True))
+            dw = product(dy, x, recipe.wgrad, transpose=(True, True), seed=seed, draw=1)
         return dx, dw, None
 
 

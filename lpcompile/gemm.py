@@ -106,9 +106,12 @@ QUANTIZERS: dict[tuple[str, object], Quantizer] = {
 }
 
 
+HIGHEST_SEED = 2**63 - 1
+
+
 def new_seed(device: torch.device) -> Tensor:
     """A seed[1] int64 for stochastic rounding, from torch's own generator."""
-    return torch.randint(2**63 - 1, (1,), device=device)
+    return torch.randint(HIGHEST_SEED, (1,), device=device)
 
 
 def quantize(

@@ -226,6 +226,14 @@ def emit(before: fx.Node, call: Callable[..., Any], *args: Any, meta: dict[str, 
         return _nodes(call(*given))
 
 
+def call(graph: fx.Graph, fake_mode: Any, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new node at the graph's insertion point, with its fake value."""
+    node = graph.call_function(target, args, kwargs)
+    with fake_mode:
+        node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]), **kwargs)
+    return node
+
+
 def _nodes(made: Any) -> Any:
     if isinstance(made, fx.Proxy):
         return made.node

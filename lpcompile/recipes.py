@@ -150,6 +150,12 @@ class Recipe:
         """No product is narrowed."""
         return not (self.fprop or self.dgrad or self.wgrad)
 
+    @property
+    def is_stochastic(self) -> bool:
+        """Some operand is rounded stochastically, so a backward needs a seed."""
+        gemms = [g for g in (self.dgrad, self.wgrad) if g]
+        return any(g.lhs.rounding == "stochastic" for g in gemms)
+
     def gemm(self, product: Product) -> Gemm | None:
         """What this recipe says of that product."""
         return {"fprop": self.fprop, "dgrad": self.dgrad, "wgrad": self.wgrad}[product]

@@ -20,7 +20,7 @@ from torch._prims_common import is_contiguous_or_false
 
 from lpcompile import ops
 from lpcompile.cones import POINTWISE, RESHAPES, Cone, TooComplex
-from lpcompile.graph import shape, value
+from lpcompile.graph import call, shape, value
 from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, Form
 
 MOST_INPUTS, MOST_STATEMENTS = 4, 48
@@ -206,12 +206,12 @@ def _replace(graph: fx.Graph, group: Group) -> None:
         for leaf, kind in group.cone.leaves:
             wanted = views[kind]
             if list(shape(leaf)) not in (wanted, [rows, columns]):
-                leaf = _call(graph, fake_mode, torch.ops.aten.view.default, leaf, wanted)
+                leaf = call(graph, fake_mode, torch.ops.aten.view.default, leaf, wanted)
             inputs.append(leaf)
         text = [form.text for form in forms]
-        fused = _call(graph, fake_mode, ops.fused_quantize.op, inputs, program.text(), text)
+        fused = call(graph, fake_mode, ops.fused_quantize.op, inputs, program.text(), text)
         pairs = [
-            [_call(graph, fake_mode, operator.getitem, fused, 2 * i + j) for j in (0, 1)]
+            [call(graph, fake_mode, operator.getitem, fused, 2 * i + j) for j in (0, 1)]
             for i in range(len(forms))
         ]
     for request, made in zip(group.requests, pairs, strict=True):
@@ -219,11 +219,3 @@ def _replace(graph: fx.Graph, group: Group) -> None:
             user.replace_all_uses_with(made[user.args[1]])  # type: ignore[index]
             graph.erase_node(user)
         graph.erase_node(request.node)
-
-
-def _call(graph: fx.Graph, fake_mode: Any, target: Any, *args: Any) -> fx.Node:
-    """A new node with its fake value."""
-    node = graph.call_function(target, args)
-    with fake_mode:
-        node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
-    return node

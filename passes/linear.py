@@ -13,7 +13,7 @@ Where the new nodes run:
   partitioner, which saves the narrow copy because it is smaller.
 """
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from lpcompile.graph import (
     VIEWS,
     Flow,
     aten,
+    call,
     emit,
     meta_of,
     peel,
@@ -53,16 +54,44 @@ def rewrite(choices: list[tuple[Site, Choice]], flow: Flow) -> int:
         if site.product == "wgrad"
         and (_is_checkpointed(site) or (site.rhs if site.lhs_is_first else site.lhs) in held)
     }
+    seed = _seed(chosen)
+    draws: dict[fx.Node, int] = {}
     for site, how in chosen:
-        _rewrite(site, how, site.node in late)
+        # Two draws a linear, for its dgrad and its wgrad, as lpcompile.linear has them.
+        linear = draws.setdefault((site.forward or site).node, len(draws))
+        draw = 2 * linear + (site.product == "wgrad")
+        _rewrite(site, how, site.node in late, partial(gemm.quantize, draw=draw), seed)
     return len(chosen)
+
+
+def _seed(chosen: list[tuple[Site, Gemm]]) -> fx.Node | None:
+    """One seed for the stochastic roundings of a graph, drawn in each backward, or None."""
+    first = next((s.node for s, how in chosen if how.lhs.rounding == "stochastic"), None)
+    if first is None:
+        return None
+    made = value(first)
+    fake_mode: Any = made.fake_mode  # type: ignore[attr-defined]
+    with first.graph.inserting_before(first):
+        seed = call(
+            first.graph,
+            fake_mode,
+            aten.randint.default,
+            gemm.HIGHEST_SEED,
+            [1],
+            dtype=torch.int64,
+            device=made.device,
+        )
+    seed.meta.update(meta_of(first, partitioner_tag=BACKWARD))
+    return seed
 
 
 def _is_checkpointed(site: Site) -> bool:
     return site.forward is not None and "recompute" in site.forward.node.meta
 
 
-def _rewrite(site: Site, how: Gemm, late: bool) -> None:
+def _rewrite(
+    site: Site, how: Gemm, late: bool, quantize: Callable[..., Any], seed: fx.Node | None
+) -> None:
     node = site.node
     out_dtype, cast = _out_dtype(site)
     roles = (how.lhs, how.rhs) if site.lhs_is_first else (how.rhs, how.lhs)
@@ -72,9 +101,15 @@ def _rewrite(site: Site, how: Gemm, late: bool) -> None:
         is_second = (side == 1) == site.lhs_is_first  # W, W and X in fprop, dgrad and wgrad
         meta = _quantize_meta(site, operand, is_second, late)
         x, transposed = peel(_matrix(node, operand))
-        quantize = partial(gemm.quantize, operand=how_operand, transpose=transposed != (side == 1))
-        quantized.append(emit(node, quantize, x, meta=meta))
-    multiply = partial(gemm.multiply, out_dtype=out_dtype, fast_accum=how.fast_accum)
+        how_quantize = partial(quantize, operand=how_operand, transpose=transposed != (side == 1))
+        given = (x, seed) if how_operand.rounding == "stochastic" else (x,)
+        quantized.append(emit(node, partial(_with_seed, how_quantize), *given, meta=meta))
+    multiply = partial(
+        gemm.multiply,
+        out_dtype=out_dtype,
+        fast_accum=how.fast_accum,
+        swizzled=how.lhs.fmt.swizzled,
+    )
     made = emit(node, multiply, *quantized, meta=meta_of(node))
     if node.target is aten.addmm.default:
         made = emit(node, aten.add.Tensor, made, node.args[0], meta=meta_of(node))
@@ -84,6 +119,10 @@ def _rewrite(site: Site, how: Gemm, late: bool) -> None:
     node.graph.erase_node(node)
     if cast is not None:
         _fold(cast, made)
+
+
+def _with_seed(quantize: Callable[..., Any], x: Any, seed: Any = None) -> Any:
+    return quantize(x, seed=seed)
 
 
 def _matrix(before: fx.Node, operand: fx.Node) -> fx.Node:

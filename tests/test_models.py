@@ -82,7 +82,7 @@ def reasons(compiles):
     return {row.module: row.reason for c in compiles for row in c.rows if not row.rewritten}
 
 
-def assert_close(made, expected):
+def assert_close(made, expected, close=close):
     assert made.keys() == expected.keys()
     for name, m in made.items():
         e = expected[name]

@@ -24,7 +24,9 @@ def canonical(x: Tensor) -> Tensor:
 
 def encode_scale(amax: Tensor, element: torch.dtype, pow2: bool) -> Tensor:
     """amax[...] fp32 -> encode scale[...] fp32, NaN where amax is not finite."""
-    scale = (MAX[element] / amax.double().clamp(min=1e-12)).float()
+    wide = amax.double().clamp(min=1e-12)
+    # `number / tensor` is number * reciprocal in torch, and rounds twice.
+    scale = (torch.full_like(wide, MAX[element]) / wide).float()
     if pow2:
         scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
     return torch.where(amax.isfinite(), scale, torch.nan)

@@ -17,7 +17,7 @@ from lpcompile.recipes import RECIPES
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NARROW = [name for name, recipe in RECIPES.items() if not recipe.is_bf16]
 LINEAR = {"fprop": 1, "dgrad": 1, "wgrad": 1}
-close = per_column(0.006)  # the order of a sum, then one rounding to bf16
+close = per_column(0.006)
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Case:
     w: tuple[int, ...] = (96, 64)
     roles: tuple[tuple[str, int], ...] = tuple(LINEAR.items())
     make: Callable[[Tensor], Tensor] = lambda x: x  # how x is laid out
+    bound: float = 0.006  # the order of a sum, then one rounding to bf16
 
 
 def plain(linear, x, w):
@@ -70,12 +71,14 @@ CASES = [
         lambda f, x, w: f(torch.tanh(f(x, w)), w),
         w=(64, 64),
         roles=times(2),
+        bound=0.03,  # a last place of the first output moves codes of the second's input
     ),
     Case(
         "used once each way",
         lambda x, w: torch.tanh(x @ w.T) @ w,
         lambda f, x, w: f(torch.tanh(f(x, w)), w.t()),
         roles=times(2),
+        bound=0.03,
     ),
     Case(
         "weight norm",
@@ -127,7 +130,7 @@ def test_a_spelling_has_its_roles_and_the_oracles_gradients(case, device):
     assert roles(compiles) == dict(case.roles)
     for name, m, e in zip(("y", "dx", "dw"), made, expected, strict=True):
         columns = (t.reshape(-1, t.shape[-1]) for t in (m, e))
-        assert close(*columns) == "", name
+        assert per_column(case.bound)(*columns) == "", name
 
 
 @pytest.mark.parametrize("device", DEVICES)
