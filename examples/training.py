@@ -1,0 +1,268 @@
+"""Train one model under one recipe, from a seed, resumably: what the examples compare.
+
+Two runs with one seed start from the same weights and see the same bytes in the same order, so
+their losses may be subtracted step by step. A run that was interrupted goes on from its checkpoint
+as if it had not been.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from corpus import Corpus, Windows
+from gpt import GPT, Shape
+from torch import Tensor, nn
+
+LAP = 10  # steps between two looks at the losses
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the runs of one comparison share."""
+
+    shape: Shape
+    batch: int  # windows of shape.context tokens
+    steps: int
+    learning_rate: float
+    device: str
+    codegen: str = "inductor"
+    per_block: bool = False  # compile one block for all, which pays when there are many
+    num_validation_batches: int = 16
+    save_every: int = 250
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a step."""
+        return self.batch * self.shape.context
+
+    def rate(self, step: int) -> float:
+        """The learning rate: linear warm-up over a twentieth, then a cosine down to a tenth."""
+        warmup = max(1, self.steps // 20)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.steps - warmup)
+        return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+@dataclass
+class Run:
+    """What a training run left: losses by step, and on a GPU what it cost."""
+
+    name: str
+    losses: list[float] = field(default_factory=list)
+    validation: float | None = None
+    tokens_per_second: float | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.validation is not None
+
+    @property
+    def tail(self) -> float:
+        """The mean training loss of the last tenth of the steps."""
+        last = self.losses[-max(1, len(self.losses) // 10) :]
+        return sum(last) / len(last)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name, the recipe it trains under (None: bf16, without lpcompile) and a seed."""
+
+    name: str
+    recipe: str | None
+    seed: int
+
+    def compile(self, model: GPT, plan: Plan) -> None:
+        """Compile the model in place; its parameters and their names stay as they are."""
+        if self.recipe is None:
+            if plan.codegen == "inductor":
+                for module in model.blocks if plan.per_block else [model]:
+                    module.compile(fullgraph=True)
+            return
+        # Tiny GEMMs gain nothing on any device, and the cost model would leave them in bf16.
+        options = {"recipe": self.recipe, "rewrite": "all", "codegen": plan.codegen}
+        if plan.per_block:
+            import lpcompile
+
+            lpcompile.compile_blocks(model, options=options)
+        else:
+            model.compile(backend="lowprec", fullgraph=True, options=options)
+
+
+def build(plan: Plan, variant: Variant) -> tuple[GPT, torch.optim.AdamW]:
+    """The model and its optimizer at step 0: the same weights on every device."""
+    torch.manual_seed(variant.seed)
+    model = GPT(plan.shape).to(plan.device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    return model, optimizer
+
+
+def loss_of(model: GPT, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The loss of a batch, its GEMMs in bf16 from fp32 weights."""
+    device = model.cos.device
+    tokens, targets = (t.to(device) for t in batch)
+    with torch.autocast(device.type, torch.bfloat16):
+        return model(tokens, targets)
+
+
+def validate(model: GPT, corpus: Corpus, plan: Plan) -> float:
+    """The mean loss over the first windows of the validation files, the same for every run."""
+    windows = Windows(corpus.validation, context=plan.shape.context, batch=plan.batch, seed=0)
+    num_batches = min(plan.num_validation_batches, windows.num_batches)
+    # With grad, though none is taken: without it, another graph would be compiled.
+    losses = [loss_of(model, windows[i]).detach() for i in range(num_batches)]
+    return torch.stack(losses).mean().item()
+
+
+class Clock:
+    """Median seconds a step, from intervals of several that end when the device has finished."""
+
+    def __init__(self, step: int) -> None:
+        self.start, self.step = time.perf_counter(), step
+        self.intervals: list[float] = []
+
+    def lap(self, step: int) -> None:
+        """So many steps have finished by now."""
+        now = time.perf_counter()
+        self.intervals.append((now - self.start) / (step - self.step))
+        self.start, self.step = now, step
+
+    @property
+    def seconds(self) -> float:
+        later = sorted(self.intervals[1:] or self.intervals)  # the first one compiled
+        return later[len(later) // 2]
+
+
+class Checkpoint:
+    """Where one run stands, in a folder: everything while it trains, then its losses as JSON.
+
+    A folder that holds a run of another plan, or on other text, is an error and not a start.
+    """
+
+    def __init__(self, folder: Path, variant: Variant, plan: Plan, corpus: Corpus) -> None:
+        self.training = folder / f"{variant.name}-seed{variant.seed}.pt"
+        self.finished = self.training.with_suffix(".json")
+        self.identity = {
+            "plan": {k: v for k, v in asdict(plan).items() if k not in ("device", "save_every")},
+            "recipe": variant.recipe,
+            "bytes": [corpus.train.numel(), corpus.validation.numel()],
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self, model: GPT, optimizer: torch.optim.Optimizer) -> Run | None:
+        """The run as it was left, and unless it is finished the model and optimizer with it."""
+        if self.finished.exists():
+            record = json.loads(self.finished.read_text())
+            self.check(record["identity"])
+            return Run(**record["run"])
+        if not self.training.exists():
+            return None
+        state = torch.load(self.training, map_location="cpu")
+        self.check(state["identity"])
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["cpu_rng"])
+        if state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        return Run(**state["run"])
+
+    def check(self, identity: dict[str, object]) -> None:
+        if identity != self.identity:
+            raise ValueError(
+                f"{self.finished.parent} holds a run with another plan or on other text: name "
+                f"another folder, or delete it (there: {identity}; here: {self.identity})"
+            )
+
+    def save(self, run: Run, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+        """Leave the run so that ``load`` goes on with it, whenever the process is killed."""
+        state = {
+            "identity": self.identity,
+            "run": asdict(run),
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "cpu_rng": torch.get_rng_state(),  # stochastic rounding draws its seeds from these
+            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        }
+        fresh = self.training.with_suffix(".new")
+        torch.save(state, fresh)
+        fresh.replace(self.training)
+
+    def finish(self, run: Run) -> None:
+        """Keep the losses, drop the weights."""
+        self.finished.write_text(json.dumps({"identity": self.identity, "run": asdict(run)}))
+        self.training.unlink(missing_ok=True)
+
+
+def train(
+    variant: Variant,
+    plan: Plan,
+    corpus: Corpus,
+    on_lap: Callable[[Run], None],
+    folder: Path | None = None,
+    deadline: float = math.inf,
+) -> Run:
+    """Train to the plan's end and validate; or, past the deadline, save and leave off.
+
+    ``on_lap`` is called every few steps, when the losses so far have come from the device.
+    """
+    model, optimizer = build(plan, variant)
+    checkpoint = Checkpoint(folder, variant, plan, corpus) if folder else None
+    run = (checkpoint and checkpoint.load(model, optimizer)) or Run(variant.name)
+    on_lap(run)
+    if run.is_finished:
+        return run
+    variant.compile(model, plan)
+    windows = Windows(corpus.train, context=plan.shape.context, batch=plan.batch, seed=variant.seed)
+    start_of_memory(plan.device)
+    clock = Clock(len(run.losses))
+    losses: list[Tensor] = []
+    for step in range(len(run.losses), plan.steps):
+        losses.append(train_step(model, optimizer, windows[step], plan.rate(step)))
+        if (step + 1) % LAP and step + 1 < plan.steps:
+            continue
+        run.losses += torch.stack(losses).tolist()
+        losses.clear()
+        clock.lap(step + 1)
+        on_lap(run)
+        is_late = time.monotonic() > deadline
+        if checkpoint and (is_late or (step + 1) % plan.save_every == 0):
+            checkpoint.save(run, model, optimizer)
+        if is_late:
+            return run
+    if clock.intervals:
+        run.tokens_per_second = plan.tokens / clock.seconds
+    run.peak_bytes = peak_memory(plan.device)
+    run.validation = validate(model, corpus, plan)
+    if checkpoint:
+        checkpoint.finish(run)
+    return run
+
+
+def train_step(
+    model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], rate: float
+) -> Tensor:
+    """One step of AdamW; the loss stays on the device, so that nothing waits for it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss = loss_of(model, batch)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def start_of_memory(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory(device: str) -> int | None:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else None
