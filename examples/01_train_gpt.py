@@ -39,7 +39,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(TINY, batch=16, steps=300, learning_rate=3e-3),
+    "tiny": Size(TINY, batch=16, steps=200, learning_rate=1e-3),
     "small": Size(SMALL, batch=32, steps=1000, learning_rate=1e-3),
     "medium": Size(MEDIUM, batch=16, steps=3000, learning_rate=6e-4),
 }
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> dict[str, Run]:
     console.print(str(replace(reports[recipes[0]], saved_bytes=None)), markup=False, soft_wrap=True)
 
     text = corpus.load(args.corpus)
-    console.print(f"{args.corpus}: {text}")
+    console.print(f"{args.corpus}: {text}", soft_wrap=True)
     runs = train_all(args, plan, recipes, text, console)
     if not all(run.is_finished for run in runs.values()):
         console.print(f"Stopped after {args.minutes} minutes: the same command goes on from here.")
@@ -71,9 +71,10 @@ def main(argv: list[str] | None = None) -> dict[str, Run]:
         before, after = report.saved_bytes
         console.print(
             f"Saved for the backward of a step, weights not counted: {before / 2**20:.1f} MiB in "
-            f"bf16, {after / 2**20:.1f} MiB in {recipe} ({after / before:.2f}x)"
+            f"bf16, {after / 2**20:.1f} MiB in {recipe} ({after / before:.2f}x)",
+            soft_wrap=True,
         )
-    console.print(costs(runs, plan))
+    console.print(costs(runs, plan), soft_wrap=True)
     explain_llama(recipes[0], console)
     picture = (args.out or Path()) / "loss.png"
     console.print(plot(runs, picture))
@@ -145,7 +146,7 @@ def train_all(
     variants = [
         Variant("bf16", None, args.seed),
         *(Variant(recipe, recipe, args.seed) for recipe in recipes),
-        Variant("bf16, another seed", None, args.seed + 1),
+        Variant("bf16, other seed", None, args.seed + 1),
     ]
     deadline = time.monotonic() + 60 * args.minutes
     runs: dict[str, Run] = {}

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from corpus import Corpus, Windows
@@ -30,7 +31,7 @@ class Plan:
     learning_rate: float
     device: str
     codegen: str = "inductor"
-    per_block: bool = False  # compile one block for all, which pays when there are many
+    per_block: bool = False  # compile block by block: they are alike, so one compile serves all
     num_validation_batches: int = 16
     save_every: int = 250
 
@@ -77,21 +78,21 @@ class Variant:
     recipe: str | None
     seed: int
 
+    @property
+    def file(self) -> str:
+        return f"{self.recipe or 'bf16'}-seed{self.seed}"
+
     def compile(self, model: GPT, plan: Plan) -> None:
         """Compile the model in place; its parameters and their names stay as they are."""
-        if self.recipe is None:
-            if plan.codegen == "inductor":
-                for module in model.blocks if plan.per_block else [model]:
-                    module.compile(fullgraph=True)
+        how: dict[str, Any] = {}
+        if self.recipe is not None:
+            # GEMMs this small gain nothing, and the cost model would leave them in bf16.
+            options = {"recipe": self.recipe, "rewrite": "all", "codegen": plan.codegen}
+            how = {"backend": "lowprec", "options": options}
+        elif plan.codegen == "eager":
             return
-        # Tiny GEMMs gain nothing on any device, and the cost model would leave them in bf16.
-        options = {"recipe": self.recipe, "rewrite": "all", "codegen": plan.codegen}
-        if plan.per_block:
-            import lpcompile
-
-            lpcompile.compile_blocks(model, options=options)
-        else:
-            model.compile(backend="lowprec", fullgraph=True, options=options)
+        for module in model.blocks if plan.per_block else [model]:
+            module.compile(fullgraph=True, **how)
 
 
 def build(plan: Plan, variant: Variant) -> tuple[GPT, torch.optim.AdamW]:
@@ -147,11 +148,10 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, variant: Variant, plan: Plan, corpus: Corpus) -> None:
-        self.training = folder / f"{variant.name}-seed{variant.seed}.pt"
+        self.training = folder / f"{variant.file}.pt"
         self.finished = self.training.with_suffix(".json")
         self.identity = {
             "plan": {k: v for k, v in asdict(plan).items() if k not in ("device", "save_every")},
-            "recipe": variant.recipe,
             "bytes": [corpus.train.numel(), corpus.validation.numel()],
         }
         folder.mkdir(parents=True, exist_ok=True)

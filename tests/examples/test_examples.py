@@ -125,6 +125,19 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(plan, text, recipe, t
     assert again == resumed
 
 
+def test_blocks_that_are_alike_compile_once(plan, caplog):
+    plan = replace(plan, shape=replace(plan.shape, num_layers=3), per_block=True)
+    variant = training.Variant("x", "fp8_rowwise", seed=0)
+    model, _ = training.build(plan, variant)
+    variant.compile(model, plan)
+    batch = torch.randint(256, (4, 32)), torch.randint(256, (4, 32))
+    with caplog.at_level("INFO", logger="lpcompile"):
+        training.loss_of(model, batch).backward()
+    assert [r.message for r in caplog.records if "GEMMs narrowed" in r.message] == [
+        "lpcompile: fp8_rowwise: 21 of 21 GEMMs narrowed (fp8_rowwise 21)"
+    ]
+
+
 def test_a_folder_with_another_plan_is_refused(plan, text, tmp_path):
     variant = training.Variant("x", None, seed=0)
     training.train(variant, plan, text, lambda run: None, tmp_path, deadline=0)
@@ -145,14 +158,17 @@ PRINTED = [
     "Saved for the backward",
     "emulated on a CPU",
     "A Llama3-8B",
-    "fp8_rowwise 672",
+    "unprofitable on h200",
     "loss.png",
 ]
 
 
 def test_training_in_fp8_follows_bf16(capsys, tmp_path):
-    steps = 40
-    runs = example("01_train_gpt").main(
+    steps = 60
+    train_gpt = example("01_train_gpt")
+    train_gpt.LLAMA3_8B = replace(gpt.LLAMA3_8B, num_layers=1)
+    train_gpt.SIZES["tiny"] = replace(train_gpt.SIZES["tiny"], batch=4)
+    runs = train_gpt.main(
         ["--codegen", "eager", "--steps", str(steps), "--device", "cpu", "--out", str(tmp_path)]
     )
     bf16, fp8, other = runs.values()
@@ -160,8 +176,9 @@ def test_training_in_fp8_follows_bf16(capsys, tmp_path):
         assert len(run.losses) == steps
         assert run.validation < 3.5 < 5 < run.losses[0]  # nats per byte; log(256) is 5.55
     assert fp8.losses != bf16.losses  # or nothing was narrowed
-    assert max(abs(a / b - 1) for a, b in zip(fp8.losses, bf16.losses, strict=True)) < 0.02
-    assert abs(fp8.validation / bf16.validation - 1) < 0.01
+    early = zip(fp8.losses[:10], bf16.losses[:10], strict=True)
+    assert max(abs(a / b - 1) for a, b in early) < 0.005  # later, small differences have grown
+    assert abs(fp8.validation / bf16.validation - 1) < 0.02
     assert other.losses[0] != bf16.losses[0]
     out = capsys.readouterr().out
     at = [out.find(line) for line in PRINTED]
