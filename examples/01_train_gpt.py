@@ -88,7 +88,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--recipe", default="fp8_rowwise", help="a recipe's name, or several with commas between")
     add("--steps", type=int, help="training steps (default: the size's own)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--size", choices=SIZES, help="the model (default: tiny on a CPU, small on a GPU)")
     add("--corpus", default="stdlib", help="stdlib, all (every installed package), or a folder")
     add("--seed", type=int, default=0, help="of the weights and of the order of the data")
