@@ -1,7 +1,7 @@
 """The largest magnitude of every column: x[M, C] bf16 -> amax[C] fp32.
 
-An op of its own, so that it can move into the producer of x. NaN above Inf above all, as in
-``amax_tensor``. Of no rows it is 0.
+An op of its own, so that it can move into the producer of x. NaN above Inf above all: maxima keep
+NaN in a program, and are of integers, by atomics, between programs. Of no rows it is 0.
 """
 
 from typing import Any
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lpcompile.ops import fp8
 from lpcompile.ops.define import define, same_bits
-from lpcompile.ops.fp8 import abs_bits, amax_of_bits, canonical
 
 
 def outputs(x: Tensor) -> Tensor:
@@ -22,31 +22,45 @@ def outputs(x: Tensor) -> Tensor:
 def reference(x: Tensor) -> Tensor:
     if not x.shape[0]:
         return x.new_zeros((x.shape[1],), dtype=torch.float32)
-    return canonical(x.abs().amax(0).float())
+    return fp8.canonical(x.abs().amax(0).float())
 
 
 @triton.jit
-def kernel(x_ptr, amax_ptr, M, C, stride_m, stride_c, ROWS, BM: tl.constexpr, BC: tl.constexpr):
+def kernel(
+    x_ptr,
+    amax_ptr,
+    M,
+    C,
+    stride_m,
+    stride_c,
+    ROWS,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     start = tl.program_id(1) * ROWS
-    best = tl.zeros([BM, BC], tl.int32)
+    best = tl.zeros([BM, BC], tl.float32)
     for i in range(0, ROWS, BM):
         m = start + i + tl.arange(0, BM)
-        at = m[:, None].to(tl.int64) * stride_m + c[None, :].to(tl.int64) * stride_c
-        live = (m < M)[:, None] & (c < C)[None, :]
-        best = tl.maximum(best, abs_bits(tl.load(x_ptr + at, mask=live, other=0.0)))
-    amax = amax_of_bits(tl.max(best, axis=0))
-    tl.atomic_max(amax_ptr + c, amax.to(tl.int32, bitcast=True), mask=c < C, sem="relaxed")
+        at = x_ptr + m[:, None].to(tl.int64) * stride_m + c[None, :].to(tl.int64) * stride_c
+        if EVEN:
+            x = tl.load(at)
+        else:
+            x = tl.load(at, mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)
+        best = fp8.larger(best, tl.abs(x.to(tl.float32)))
+    bits = fp8.bits_of_amax(tl.reduce(best, 0, fp8.larger))
+    tl.atomic_max(amax_ptr + c, bits, mask=c < C, sem="relaxed")
 
 
 def launch(x: Tensor) -> Tensor:
     M, C = x.shape
     amax = torch.zeros((C,), dtype=torch.float32, device=x.device)
     if M and C:
-        rows = 512
-        grid = (triton.cdiv(C, 128), triton.cdiv(M, rows))
-        bits = amax.view(torch.int32)
-        kernel[grid](x, bits, M, C, x.stride(0), x.stride(1), rows, 32, 128, num_warps=8)
+        rows, BM, BC = 256, 16, 256
+        grid = (triton.cdiv(C, BC), triton.cdiv(M, rows))
+        bits, even = amax.view(torch.int32), M % rows == 0 and C % BC == 0
+        kernel[grid](x, bits, M, C, *x.stride(), rows, even, BM, BC, num_warps=8)
     return amax
 
 

@@ -71,13 +71,34 @@ def amax_of_bits(bits):
 
 
 @triton.jit
+def larger(a, b):
+    """The larger, NaN if either is: one instruction, where ``tl.max`` drops NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def bits_of_amax(amax):
+    """An fp32 maximum of magnitudes, rounded to bf16 as each of them is to be, as ordered int32.
+
+    Rounding keeps order, so the maximum may be taken before it. NaN is the one that torch writes.
+    """
+    rounded = amax.to(tl.bfloat16).to(tl.float32)
+    return tl.where(rounded == rounded, rounded.to(tl.int32, bitcast=True), 0x7FC00000)
+
+
+@triton.jit
 def encode(amax, LIMIT: tl.constexpr, POW2: tl.constexpr):
     """``encode_scale``, in a kernel."""
-    # fp64 `/` is IEEE in Triton; fp32 `/` is div.full.f32 and is not (3.6, sm_90a).
-    wide = amax.to(tl.float64)
-    scale = (LIMIT / tl.where(wide > 1e-12, wide, 1e-12)).to(tl.float32)
     if POW2:
-        scale = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        # LIMIT is 1.75 * 2^n: the largest power of two up to LIMIT / amax, from the bits of amax.
+        TOP: tl.constexpr = 262 if LIMIT == 448.0 else 269
+        bits = tl.where(amax > 1e-12, amax, 1e-12).to(tl.int32, bitcast=True)
+        field = TOP - (bits >> 23) - tl.where((bits & 0x7FFFFF) > 0x600000, 1, 0)
+        scale = (field << 23).to(tl.float32, bitcast=True)
+    else:
+        # fp64 `/` is IEEE in Triton; fp32 `/` is div.full.f32 and is not (3.6, sm_90a).
+        wide = amax.to(tl.float64)
+        scale = (LIMIT / tl.where(wide > 1e-12, wide, 1e-12)).to(tl.float32)
     finite = amax.to(tl.int32, bitcast=True) < 0x7F800000
     return tl.where(finite, scale, float("nan"))
 
@@ -89,8 +110,6 @@ def decode(scale):
 
 
 @triton.jit
-def narrow(scaled, LIMIT: tl.constexpr, ELEMENT: tl.constexpr):
-    """The clamp and the cast of ``cast``, in a kernel: scaled fp32, NaN kept."""
-    v = tl.where(scaled > LIMIT, LIMIT, scaled)
-    v = tl.where(v < -LIMIT, -LIMIT, v)
-    return v.to(ELEMENT)
+def narrow(scaled, ELEMENT: tl.constexpr):
+    """The clamp and the cast of ``cast``, in a kernel: one saturating conversion, NaN kept."""
+    return scaled.to(ELEMENT)

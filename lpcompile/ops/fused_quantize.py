@@ -15,7 +15,7 @@ compiled without fused multiply-add, so that products and sums round as torch's 
 
 from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,7 +38,7 @@ from lpcompile.ops import (
     quantize_fp8_tensor_t,
 )
 from lpcompile.ops.define import define, round_up, same_bits
-from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, parse_form
+from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, amax_names, parse_form
 
 _MODULES: dict[tuple[str, bool], Any] = {
     ("row", False): quantize_fp8_row,
@@ -76,9 +76,22 @@ def reference(inputs: list[Tensor], program: str, forms: list[str]) -> list[Tens
 
 
 @cache
-def kernel(program: str, forms: tuple[str, ...]) -> Any:
+def kernel(program: str, forms: tuple[str, ...], even: bool) -> Any:
     """The module with the generated ``amax_kernel`` and ``cast_kernel`` of a program."""
-    return PyCodeCache.load(fused_source.source(program, forms))
+    return PyCodeCache.load(fused_source.source(program, forms, even))
+
+
+class Tiles(NamedTuple):
+    """How the kernels cut [M, C]: amax tiles down ``rows`` rows, and cast tiles."""
+
+    amax: tuple[int, int]
+    rows: int
+    cast: tuple[int, int]
+    warps: int
+
+
+SCALED = Tiles(amax=(16, 256), rows=512, cast=(64, 64), warps=8)
+BLOCKED = Tiles(amax=(16, 256), rows=512, cast=(128, 128), warps=16)
 
 
 def launch(inputs: list[Tensor], program: str, forms: list[str]) -> list[Tensor]:
@@ -90,21 +103,22 @@ def launch(inputs: list[Tensor], program: str, forms: list[str]) -> list[Tensor]
     M, C = full.shape
     parsed = [parse_form(f) for f in forms]
     inputs = [x.contiguous() for x in inputs]
-    sizes = {name: _amax_size(name, M, C) for form in parsed if (name := form.amax)}
+    sizes = {name: _amax_size(name, M, C) for name in amax_names(parsed)}
     amaxes = _zeros(sizes, full.device)
-    module = kernel(program, tuple(forms))
+    tiles = BLOCKED if any(form.kind in BLOCKS for form in parsed) else SCALED
+    (BM, BC), rows = tiles.amax, tiles.rows
+    even = not (M % rows or C % BC or M % tiles.cast[0] or C % tiles.cast[1])
+    module = kernel(program, tuple(forms), even)
     if amaxes:
-        BM, BC, rows = 64, 64, 512
         grid = (triton.cdiv(C, BC), triton.cdiv(M, rows))
         bits = [a.view(torch.int32) for a in amaxes.values()]
         module.amax_kernel[grid](
             *inputs, *bits, M, C, rows, BM, BC, num_warps=8, enable_fp_fusion=False
         )
-    whole = any(form.kind in BLOCKS for form in parsed)
-    BM, BC = (128, 128) if whole else (64, 64)
+    BM, BC = tiles.cast
     module.cast_kernel[(triton.cdiv(C, BC), triton.cdiv(M, BM))](
         *inputs, *amaxes.values(), *made, M, C, BM, BC,
-        num_warps=8, enable_fp_fusion=False,
+        num_warps=tiles.warps, enable_fp_fusion=False,
     )  # fmt: skip
     return made
 
@@ -149,11 +163,18 @@ def samples(device: str) -> list[tuple[Any, ...]]:
     bad[3, 5], bad[40, 7] = torch.inf, torch.nan
     identities = [
         ([x], pointwise.IDENTITY, [f for f in forms if f[0] == "0"])
-        for x in (randn(200, 328), randn(37, 203), bad, randn(0, 64), randn(64, 96) * 0)
+        for x in (
+            randn(512, 512),
+            randn(200, 328),
+            randn(37, 203),
+            bad,
+            randn(0, 64),
+            randn(64, 96) * 0,
+        )
         for forms in (rows, tensors, blocks)
     ]
     return identities + [
         (inputs(M, C), square_and_scale, forms)
-        for M, C in ((64, 96), (130, 203), (300, 128))
+        for M, C in ((512, 256), (130, 203), (300, 128))
         for forms in (rows, tensors, blocks)
     ]

@@ -48,56 +48,71 @@ def parse_form(text: str) -> Form:
 
 
 _LOADS = {
-    "full": "tl.load(i{0}_ptr + at, mask=live, other=0.0)",
-    "row": "tl.load(i{0}_ptr + m, mask=m < M, other=0.0)[:, None]",
-    "column": "tl.load(i{0}_ptr + c, mask=c < C, other=0.0)[None, :]",
+    "full": "tl.load(i{0}_ptr + at{1})",
+    "row": "tl.load(i{0}_ptr + m{2})[:, None]",
+    "column": "tl.load(i{0}_ptr + c{3})[None, :]",
     "scalar": "tl.load(i{0}_ptr)",
 }
 
 
-def source(program: str, forms: tuple[str, ...]) -> str:
-    """A module with ``amax_kernel`` (where a form needs one) and ``cast_kernel``."""
+def source(program: str, forms: tuple[str, ...], even: bool) -> str:
+    """A module with ``amax_kernel`` (where a form needs one) and ``cast_kernel``.
+
+    even: M and C are multiples of every tile, so that nothing is masked.
+    """
     parsed = [parse_form(f) for f in forms]
     named = pointwise.parse(program)
     parts = [
         '"""' + f"{program}\n\n" + "\n".join(forms) + '\n"""',
         "import triton\nimport triton.language as tl\n\nfrom lpcompile.ops import fp8",
     ]
-    amaxes = list(dict.fromkeys(f.amax for f in parsed if f.amax))
+    amaxes = amax_names(parsed)
     if amaxes:
-        parts.append(_amax_kernel(named, amaxes))
-    parts.append(_cast_kernel(named, parsed, amaxes))
+        parts.append(_amax_kernel(named, amaxes, even))
+    parts.append(_cast_kernel(named, parsed, amaxes, even))
     return "\n\n".join(parts) + "\n"
 
 
-def _tile(program: pointwise.Program) -> list[str]:
+def amax_names(forms: list[Form]) -> list[str]:
+    """The amaxes that forms read, each once, in order."""
+    return list(dict.fromkeys(f.amax for f in forms if f.amax))
+
+
+def _tile(program: pointwise.Program, even: bool, rounded: bool) -> list[str]:
     """Lines that load a tile's inputs and compute its results."""
-    return [
-        "at = m[:, None].to(tl.int64) * C + c[None, :]",
-        "live = (m < M)[:, None] & (c < C)[None, :]",
-        *(f"i{i} = {_LOADS[kind].format(i)}" for i, kind in enumerate(program.kinds)),
-        *pointwise.to_triton(program),
-    ]
+    masks = ("", "", "")
+    lines = ["at = m[:, None].to(tl.int64) * C + c[None, :]"]
+    if not even:
+        lines.append("live = (m < M)[:, None] & (c < C)[None, :]")
+        masks = tuple(f", mask={live}, other=0.0" for live in ("live", "m < M", "c < C"))  # type: ignore[assignment]
+    for i, kind in enumerate(program.kinds):
+        lines.append(f"i{i} = {_LOADS[kind].format(i, *masks)}")
+    return lines + pointwise.to_triton(program, rounded)
 
 
-def _amax_kernel(program: pointwise.Program, amaxes: list[str]) -> str:
+def _live(tile: str, even: bool) -> str:
+    """A tile with zeros outside [M, C], where producers make anything of masked loads."""
+    return tile if even else f"tl.where(live, {tile}, 0.0)"
+
+
+def _amax_kernel(program: pointwise.Program, amaxes: list[str], even: bool) -> str:
     """Every amax by atomic integer maxima, of tiles [BM, BC] down ROWS rows."""
     before, inside, after = [], [], []
     for r in sorted({int(a.strip(ascii_lowercase)) for a in amaxes}):
-        inside.append(f"b{r} = tl.where(live, fp8.abs_bits({program.results[r]}), 0)")
+        inside.append(f"a{r} = {_live(f'tl.abs(f_{program.results[r]})', even)}")
         if f"row{r}" in amaxes:
-            inside += _atomic(f"row{r}", f"tl.max(b{r}, axis=1)", " + m, ", ", mask=m < M")
+            inside += _atomic(f"row{r}", f"tl.reduce(a{r}, 1, fp8.larger)", " + m", "m < M", even)
         if f"column{r}" in amaxes or f"tensor{r}" in amaxes:
-            before.append(f"best{r} = tl.zeros([BM, BC], tl.int32)")
-            inside.append(f"best{r} = tl.maximum(best{r}, b{r})")
-            after.append(f"c{r} = tl.max(best{r}, axis=0)")
+            before.append(f"best{r} = tl.zeros([BM, BC], tl.float32)")
+            inside.append(f"best{r} = fp8.larger(best{r}, a{r})")
+            after.append(f"c{r} = tl.reduce(best{r}, 0, fp8.larger)")
         if f"column{r}" in amaxes:
-            after += _atomic(f"column{r}", f"c{r}", " + c, ", ", mask=c < C")
+            after += _atomic(f"column{r}", f"c{r}", " + c", "c < C", even)
         if f"tensor{r}" in amaxes:
-            after += _atomic(f"tensor{r}", f"tl.max(c{r}, axis=0)", ", ", "")
+            after += _atomic(f"tensor{r}", f"tl.reduce(c{r}, 0, fp8.larger)", "", "", True)
     loop = [
         "m = tl.program_id(1) * ROWS + i + tl.arange(0, BM)",
-        *_tile(program),
+        *_tile(program, even, rounded=False),
         *inside,
     ]
     body = [
@@ -115,14 +130,17 @@ def _pointers(program: pointwise.Program, amaxes: list[str]) -> list[str]:
     return [*(f"i{i}_ptr" for i in range(len(program.kinds))), *(f"{a}_ptr" for a in amaxes)]
 
 
-def _atomic(name: str, bits: str, at: str, mask: str) -> list[str]:
+def _atomic(name: str, amax: str, at: str, live: str, even: bool) -> list[str]:
+    mask = "" if even else f", mask={live}"
     return [
-        f"{name} = fp8.amax_of_bits({bits}).to(tl.int32, bitcast=True)",
-        f'tl.atomic_max({name}_ptr{at}{name}{mask}, sem="relaxed")',
+        f"{name} = fp8.bits_of_amax({amax})",
+        f'tl.atomic_max({name}_ptr{at}, {name}{mask}, sem="relaxed")',
     ]
 
 
-def _cast_kernel(program: pointwise.Program, forms: list[Form], amaxes: list[str]) -> str:
+def _cast_kernel(
+    program: pointwise.Program, forms: list[Form], amaxes: list[str], even: bool
+) -> str:
     """Every quantized copy of a tile [BM, BC], and its scales."""
     pointers = _pointers(program, amaxes)
     pointers += [f"{letter}{i}_ptr" for i in range(len(forms)) for letter in "qs"]
@@ -131,60 +149,60 @@ def _cast_kernel(program: pointwise.Program, forms: list[Form], amaxes: list[str
         "m = tl.program_id(1) * BM + tl.arange(0, BM)",
         "CP = (C + 15) // 16 * 16",
         "MP = (M + 15) // 16 * 16",
-        *_tile(program),
+        *_tile(program, even, rounded=True),
     ]
     for r in sorted({f.result for f in forms}):
-        body.append(f"x{r} = {program.results[r]}.to(tl.float32)")
-        if any(f.result == r and f.kind in BLOCKS for f in forms):
-            body.append(f"b{r} = tl.where(live, fp8.abs_bits({program.results[r]}), 0)")
+        body.append(f"x{r} = {_live(f'f_{program.results[r]}', even)}")
     for i, form in enumerate(forms):
-        body += _cast(i, form)
+        body += _cast(i, form, even)
     sizes = ["M", "C", "BM: tl.constexpr", "BC: tl.constexpr"]
     return _function("cast_kernel", [*pointers, *sizes], body)
 
 
-def _cast(i: int, form: Form) -> list[str]:
+def _cast(i: int, form: Form, even: bool) -> list[str]:
     """Lines that quantize a tile to form ``i``: values q and decode scales s."""
     limit, element = fp8.MAX[ELEMENTS[form.element]], _TRITON[form.element]
-    amax, store = _scale(i, form)
+    amax, store = _scale(i, form, even)
     spread = ""
     if form.kind in ("row", "block"):
         spread = "[None, :]" if form.transposed else "[:, None]"
     if form.transposed:
         values, at = f"tl.trans(n{i})", "c[:, None].to(tl.int64) * MP + m[None, :]"
-        mask = "(c < C)[:, None] & (m < MP)[None, :]"
+        mask = "" if even else ", mask=(c < C)[:, None] & (m < MP)[None, :]"
     else:
         values, at = f"n{i}", "m[:, None].to(tl.int64) * CP + c[None, :]"
-        mask = "(m < M)[:, None] & (c < CP)[None, :]"
+        mask = "" if even else ", mask=(m < M)[:, None] & (c < CP)[None, :]"
     return [
         f"e{i} = fp8.encode({amax}, {limit}, {form.pow2})",
-        f"y{i} = tl.where(live, x{form.result} * e{i}{spread}, 0.0)",
-        f"n{i} = fp8.narrow(y{i}, {limit}, {element})",
-        f"tl.store(q{i}_ptr + {at}, {values}, mask={mask})",
+        f"y{i} = {_live(f'x{form.result} * e{i}{spread}', even)}",
+        f"n{i} = fp8.narrow(y{i}, {element})",
+        f"tl.store(q{i}_ptr + {at}, {values}{mask})",
         *store,
     ]
 
 
-def _scale(i: int, form: Form) -> tuple[str, list[str]]:
+def _scale(i: int, form: Form, even: bool) -> tuple[str, list[str]]:
     """The amax of a form's tile, and lines that store its decode scales."""
-    r, decode = form.result, f"fp8.decode(e{i})"
+    x, decode = f"tl.abs(x{form.result})", f"fp8.decode(e{i})"
     # The index and size along which scales lie, and the program ids across and along it.
     axis, size, across, along = ("c", "C", 1, 0) if form.transposed else ("m", "M", 0, 1)
+    mask = "" if even else f", mask={axis} < {size}"
     if form.kind == "tensor":
         first = "if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):"
         return f"tl.load({form.amax}_ptr)", [first, f"    tl.store(s{i}_ptr, {decode})"]
     if form.kind == "row":
-        return f"tl.load({form.amax}_ptr + {axis}, mask={axis} < {size}, other=0.0)", [
+        other = "" if even else ", other=0.0"
+        return f"tl.load({form.amax}_ptr + {axis}{mask}{other})", [
             f"if tl.program_id({across}) == 0:",
-            f"    tl.store(s{i}_ptr + {axis}, {decode}, mask={axis} < {size})",
+            f"    tl.store(s{i}_ptr + {axis}, {decode}{mask})",
         ]
     if form.kind == "block":
-        return f"fp8.amax_of_bits(tl.max(b{r}, axis={0 if form.transposed else 1}))", [
+        return f"tl.reduce({x}, {0 if form.transposed else 1}, fp8.larger)", [
             f"t{i} = tl.program_id({across}).to(tl.int64) * {size} + {axis}",
-            f"tl.store(s{i}_ptr + t{i}, {decode}, mask={axis} < {size})",
+            f"tl.store(s{i}_ptr + t{i}, {decode}{mask})",
         ]
     other = "M" if form.transposed else "C"
-    return f"fp8.amax_of_bits(tl.max(tl.max(b{r}, axis=1), axis=0))", [
+    return f"tl.reduce(tl.reduce({x}, 1, fp8.larger), 0, fp8.larger)", [
         f"w{i} = (({other} + 127) // 128 + 3) // 4 * 4",
         f"tl.store(s{i}_ptr + tl.program_id({along}) * w{i} + tl.program_id({across}), {decode})",
     ]

@@ -107,20 +107,17 @@ def run(program: Program, inputs: list[Tensor]) -> list[Tensor]:
     return [values[r] for r in program.results]
 
 
-def to_triton(program: Program) -> list[str]:
-    """Lines that compute the results as tiles, from tiles named ``i0``, ``i1``, ..."""
-    lines = []
-    for i in range(len(program.kinds)):
-        lines.append(f"f_i{i} = i{i}.to(tl.float32)")
+def to_triton(program: Program, rounded: bool = True) -> list[str]:
+    """Lines that compute, from tiles ``i0``, ``i1``, ..., each value as an fp32 tile ``f_<name>``.
+
+    rounded: also round the results to bf16; a maximum is rounded after it is taken.
+    """
+    lines = [f"f_i{i} = i{i}.to(tl.float32)" for i in range(len(program.kinds))]
+    read = {a for s in program.statements for a in s.args}
     for s in program.statements:
-        args = [a if a[0] not in "iv" else f"f_{a}" for a in s.args]
+        args = [f"f_{a}" if a[0] in "iv" else a for a in s.args]
         made = OPS[s.op][1].format(*args) if s.op else args[0]
-        if s.dtype == "bool":
-            lines.append(f"f_{s.name} = {made}")
-            continue
-        if s.dtype == "bf16":
-            lines.append(f"{s.name} = ({made}).to(tl.bfloat16)")
-            lines.append(f"f_{s.name} = {s.name}.to(tl.float32)")
-        else:
-            lines.append(f"f_{s.name} = {made}")
+        if s.dtype == "bf16" and (rounded or s.name in read):
+            made = f"({made}).to(tl.bfloat16).to(tl.float32)"
+        lines.append(f"f_{s.name} = {made}")
     return lines

@@ -54,7 +54,7 @@ def kernel(
         amax = fp8.amax_of_bits(tl.max(fp8.abs_bits(x), axis=1))
         scale = fp8.encode(amax, LIMIT, POW2)
         scaled = tl.where(live, x.to(tl.float32) * scale[:, None], 0.0)
-        values = fp8.narrow(scaled, LIMIT, ELEMENT)
+        values = fp8.narrow(scaled, ELEMENT)
         tl.store(out + c[None, :], values, mask=(r < R)[:, None] & (c < CP)[None, :])
     else:
         best = tl.zeros([BR, BC], tl.int32)
@@ -69,7 +69,7 @@ def kernel(
             live = (r < R)[:, None] & (c < C)[None, :]
             x = tl.load(at + c[None, :].to(tl.int64) * stride_c, mask=live, other=0.0)
             scaled = tl.where(live, x.to(tl.float32) * scale[:, None], 0.0)
-            values = fp8.narrow(scaled, LIMIT, ELEMENT)
+            values = fp8.narrow(scaled, ELEMENT)
             tl.store(out + c[None, :], values, mask=(r < R)[:, None] & (c < CP)[None, :])
     tl.store(scales_ptr + r, fp8.decode(scale), mask=r < R)
 

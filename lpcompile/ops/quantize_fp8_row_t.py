@@ -52,7 +52,7 @@ def kernel(
     live = (m < M)[:, None] & (c < C)[None, :]
     x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
     scaled = tl.where(live, x * scale[None, :], 0.0)
-    values = tl.trans(fp8.narrow(scaled, LIMIT, ELEMENT))  # [BC, BM]
+    values = tl.trans(fp8.narrow(scaled, ELEMENT))  # [BC, BM]
     out = c[:, None].to(tl.int64) * MP + m[None, :]
     tl.store(values_ptr + out, values, mask=(c < C)[:, None] & (m < MP)[None, :])
     if tl.program_id(1) == 0:

@@ -50,7 +50,7 @@ def kernel(
     live = (r < R)[:, None] & (c < C)[None, :]
     x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
     # Padding stays zero under a NaN scale too.
-    values = fp8.narrow(tl.where(live, x * scale, 0.0), LIMIT, ELEMENT)
+    values = fp8.narrow(tl.where(live, x * scale, 0.0), ELEMENT)
     out = r[:, None].to(tl.int64) * CP + c[None, :]
     tl.store(values_ptr + out, values, mask=(r < R)[:, None] & (c < CP)[None, :])
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):

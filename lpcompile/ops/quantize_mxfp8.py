@@ -62,7 +62,7 @@ def kernel(
     x = tl.load(x_ptr + at, mask=live, other=0.0)
     byte = mx.encode(blocks.tile_amax(x, ROWS, 32), LIMIT, EXPONENT, FLOOR, NATIVE)
     scaled = blocks.tile_scaled(x.to(tl.float32), mx.encoding(byte))
-    values = fp8.narrow(tl.where(live, scaled, 0.0), LIMIT, ELEMENT)
+    values = fp8.narrow(tl.where(live, scaled, 0.0), ELEMENT)
     out = r[:, None].to(tl.int64) * CP + c[None, :]
     tl.store(values_ptr + out, values, mask=(r < R)[:, None] & (c < CP)[None, :])
     n = tl.program_id(1) * (BC // 32) + tl.arange(0, BC // 32)
