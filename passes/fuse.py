@@ -1,16 +1,19 @@
-"""Merge the quantizes of what one graph holds, with the pointwise ops that make it, into one op.
+"""Merge the quantizes of what one graph holds, with the pointwise ops that make it, into two ops.
 
 Runs after partitioning, when it is known what runs in one graph: dY is quantized both ways from
-one read; both gradients of SwiGLU, both ways, and h for wgrad, from one read of (gate, up, dh).
+one read for the amaxes (``fused_amax``) and one for the casts (``fused_cast``); both gradients of
+SwiGLU, both ways, and its output for wgrad, from two reads of (gate, up, dh). Blocks need no amax,
+and one read.
 
 What stays as it was: a row-wise quantize alone, which Inductor fuses with what makes its operand in
-one read; and a column-wise one alone of a tensor that is in memory, which gains nothing.
+one read; and one quantize alone of a tensor that is in memory, which gains nothing.
 """
 
 import operator
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,12 +43,16 @@ QUANTIZES: dict[Any, tuple[str, bool, Any]] = {
 
 @dataclass
 class Request:
-    """One quantize of x that can be fused."""
+    """One quantize of x that can be fused.
+
+    amax: the node of the amax that it reads, if it reads one.
+    """
 
     node: fx.Node
     x: fx.Node
     kind: str
     transposed: bool
+    amax: fx.Node | None
 
     def form(self, result: int) -> Form:
         """What it asks of the fused op."""
@@ -85,22 +92,25 @@ def _requests(graph: fx.Graph) -> dict[fx.Node, list[Request]]:
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in QUANTIZES:
             continue
-        kind, transposed, amax = QUANTIZES[node.target]
-        x = node.args[0]
-        if amax is not None:
-            made = node.args[1]
-            if made.target is not amax or made.args[0] is not x:
-                continue  # its amax comes from elsewhere: saved, or gathered
+        kind, transposed, source = QUANTIZES[node.target]
+        x, amax = node.args[0], node.args[1] if source else None
         whole = isinstance(shape(x)[1], int) and is_contiguous_or_false(value(x))
         if whole and value(x).dtype is torch.bfloat16:
-            found[x].append(Request(node, x, kind, transposed))
+            found[x].append(Request(node, x, kind, transposed, amax))
     return found
+
+
+def _makes(amax: fx.Node | None, x: fx.Node) -> bool:
+    """Whether an amax is computed from x in this graph, not saved or gathered."""
+    return amax is not None and amax.target in _AMAXES and amax.args[0] is x
 
 
 def _private(graph: fx.Graph, requests: dict[fx.Node, list[Request]]) -> set[fx.Node]:
     """Nodes that nobody needs but the quantizes: no fused kernel would compute them twice."""
-    private = {r.node for rs in requests.values() for r in rs}
-    private |= {a for r in list(private) for a in r.all_input_nodes if a.target in _AMAXES}
+    asked = [r for rs in requests.values() for r in rs]
+    private = {r.node for r in asked} | {
+        r.amax for r in asked if r.amax is not None and _makes(r.amax, r.x)
+    }
     for node in reversed(graph.nodes):
         made_of = node.op == "call_function" and (
             node.target in POINTWISE or node.target in RESHAPES
@@ -187,35 +197,56 @@ def _pays(group: Group) -> bool:
     inputs, results = group.cone.num_full, len(group.results)
     if not group.cone.statements:
         return len(forms) > 1
-    reads = 1 if all(kind in BLOCKS for kind, _ in forms) else 2
+    amaxes = [r for r in group.requests if r.kind not in BLOCKS and not _given(r)]
+    reads = 2 if amaxes else 1
     return reads * inputs <= inputs + results + results * reads
 
 
+def _given(request: Request) -> bool:
+    """Whether a request comes with an amax that this graph does not compute from its x."""
+    return request.amax is not None and not _makes(request.amax, request.x)
+
+
 def _replace(graph: fx.Graph, group: Group) -> None:
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    last = max((leaf for leaf, _ in group.cone.leaves), key=order.__getitem__)
-    while last.op == "placeholder" and last.next.op == "placeholder":
-        last = last.next
-    rows, columns = group.cone.rows, group.cone.columns
-    views = {"full": [-1, columns], "row": [-1, 1], "column": [-1], "scalar": []}
-    program = group.cone.program([name for name, _ in group.results])
-    forms = [r.form(i) for i, (_, rs) in enumerate(group.results) for r in rs]
     fake_mode: Any = value(group.requests[0].x).fake_mode  # type: ignore[attr-defined]
-    with graph.inserting_before(last.next):
-        inputs = []
-        for leaf, kind in group.cone.leaves:
-            wanted = views[kind]
-            if list(shape(leaf)) not in (wanted, [rows, columns]):
-                leaf = call(graph, fake_mode, torch.ops.aten.view.default, leaf, wanted)
-            inputs.append(leaf)
-        text = [form.text for form in forms]
-        fused = call(graph, fake_mode, ops.fused_quantize.op, inputs, program.text(), text)
+    make = partial(call, graph, fake_mode)
+    program = group.cone.program([name for name, _ in group.results]).text()
+    forms = [(r, r.form(i)) for i, (_, rs) in enumerate(group.results) for r in rs]
+    after = [leaf for leaf, _ in group.cone.leaves]
+    after += [r.amax for r, _ in forms if r.amax is not None and _given(r)]
+    with graph.inserting_before(_last(graph, after).next):
+        inputs = [_matrix(make, group.cone, leaf, kind) for leaf, kind in group.cone.leaves]
+        wants = list(dict.fromkeys(f.amax for r, f in forms if f.amax and not _given(r)))
+        amaxes: dict[str, fx.Node] = {}
+        if wants:
+            every = make(ops.fused_amax.op, inputs, program, wants)
+            amaxes = {want: make(operator.getitem, every, i) for i, want in enumerate(wants)}
+        reads = [r.amax if _given(r) else amaxes[f.amax] for r, f in forms if f.amax]
+        made = make(ops.fused_cast.op, inputs, reads, program, [f.text for _, f in forms])
         pairs = [
-            [call(graph, fake_mode, operator.getitem, fused, 2 * i + j) for j in (0, 1)]
-            for i in range(len(forms))
+            [make(operator.getitem, made, 2 * i + j) for j in (0, 1)] for i in range(len(forms))
         ]
-    for request, made in zip(group.requests, pairs, strict=True):
+    for (request, form), pair in zip(forms, pairs, strict=True):
         for user in list(request.node.users):
-            user.replace_all_uses_with(made[user.args[1]])  # type: ignore[index]
+            user.replace_all_uses_with(pair[user.args[1]])  # type: ignore[index]
             graph.erase_node(user)
         graph.erase_node(request.node)
+        if request.amax is not None and not _given(request):
+            request.amax.replace_all_uses_with(amaxes[form.amax])
+
+
+def _last(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+    """The last of the nodes in graph order, or the last placeholder if that comes later."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    last = max(nodes, key=order.__getitem__)
+    while last.op == "placeholder" and last.next.op == "placeholder":
+        last = last.next
+    return last
+
+
+def _matrix(make: Any, cone: Cone, leaf: fx.Node, kind: str) -> fx.Node:
+    """A leaf in the shape that a program's input of that kind has."""
+    wanted = {"full": [-1, cone.columns], "row": [-1, 1], "column": [-1], "scalar": []}[kind]
+    if list(shape(leaf)) in (wanted, [cone.rows, cone.columns]):
+        return leaf
+    return make(torch.ops.aten.view.default, leaf, wanted)

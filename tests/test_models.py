@@ -111,7 +111,9 @@ def test_an_ffn_has_the_oracles_gradients(recipe, bias, device):
     assert sum(roles(compiles).values()) == 3 * sum(
         lpcompile.RECIPES[recipe].gemm(p) is not None for p in ("fprop", "dgrad", "wgrad")
     )
-    assert_close(made, expected)
+    # The oracle draws a seed for every linear, the graph one for all.
+    stochastic = lpcompile.RECIPES[recipe].is_stochastic
+    assert_close(made, expected, per_column(0.2) if stochastic else close)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The Triton source of ``fused_quantize``: an amax kernel and a cast kernel for one program.
+"""The Triton source of ``fused_amax`` and ``fused_cast``, for one program.
 
 The tile's producer is ``pointwise.to_triton``; the rest is what ``lpcompile.ops.fp8`` does, written
 out for the forms that are wanted. Readable on purpose: it is what a dump of a graph shows.
@@ -37,7 +37,7 @@ class Form:
     def amax(self) -> str:
         """The name of the amax it reads; empty for blocks, which have theirs in the tile."""
         along = {"row": "column" if self.transposed else "row", "tensor": "tensor"}
-        return f"{along[self.kind]}{self.result}" if self.kind in along else ""
+        return f"{along[self.kind]}{self.result}" if self.kind not in BLOCKS else ""
 
 
 @cache
@@ -55,27 +55,24 @@ _LOADS = {
 }
 
 
-def source(program: str, forms: tuple[str, ...], even: bool) -> str:
-    """A module with ``amax_kernel`` (where a form needs one) and ``cast_kernel``.
+def amax_source(program: str, amaxes: tuple[str, ...], even: bool) -> str:
+    """A module with the ``kernel`` of ``fused_amax``.
 
     even: M and C are multiples of every tile, so that nothing is masked.
     """
+    return _module(program, amaxes, _amax_kernel(pointwise.parse(program), list(amaxes), even))
+
+
+def cast_source(program: str, forms: tuple[str, ...], even: bool) -> str:
+    """A module with the ``kernel`` of ``fused_cast``."""
     parsed = [parse_form(f) for f in forms]
-    named = pointwise.parse(program)
-    parts = [
-        '"""' + f"{program}\n\n" + "\n".join(forms) + '\n"""',
-        "import triton\nimport triton.language as tl\n\nfrom lpcompile.ops import fp8",
-    ]
-    amaxes = amax_names(parsed)
-    if amaxes:
-        parts.append(_amax_kernel(named, amaxes, even))
-    parts.append(_cast_kernel(named, parsed, amaxes, even))
-    return "\n\n".join(parts) + "\n"
+    return _module(program, forms, _cast_kernel(pointwise.parse(program), parsed, even))
 
 
-def amax_names(forms: list[Form]) -> list[str]:
-    """The amaxes that forms read, each once, in order."""
-    return list(dict.fromkeys(f.amax for f in forms if f.amax))
+def _module(program: str, wanted: tuple[str, ...], kernel: str) -> str:
+    doc = '"""' + program + "\n\n" + "\n".join(wanted) + '\n"""'
+    imports = "import triton\nimport triton.language as tl\n\nfrom lpcompile.ops import fp8"
+    return "\n\n".join([doc, imports, kernel]) + "\n"
 
 
 def _tile(program: pointwise.Program, even: bool, rounded: bool) -> list[str]:
@@ -122,12 +119,13 @@ def _amax_kernel(program: pointwise.Program, amaxes: list[str], even: bool) -> s
         *(f"    {line}" for line in loop),
         *after,
     ]
+    pointers = [*_pointers(program), *(f"{a}_ptr" for a in amaxes)]
     sizes = ["M", "C", "ROWS", "BM: tl.constexpr", "BC: tl.constexpr"]
-    return _function("amax_kernel", [*_pointers(program, amaxes), *sizes], body)
+    return _function([*pointers, *sizes], body)
 
 
-def _pointers(program: pointwise.Program, amaxes: list[str]) -> list[str]:
-    return [*(f"i{i}_ptr" for i in range(len(program.kinds))), *(f"{a}_ptr" for a in amaxes)]
+def _pointers(program: pointwise.Program) -> list[str]:
+    return [f"i{i}_ptr" for i in range(len(program.kinds))]
 
 
 def _atomic(name: str, amax: str, at: str, live: str, even: bool) -> list[str]:
@@ -138,11 +136,10 @@ def _atomic(name: str, amax: str, at: str, live: str, even: bool) -> list[str]:
     ]
 
 
-def _cast_kernel(
-    program: pointwise.Program, forms: list[Form], amaxes: list[str], even: bool
-) -> str:
+def _cast_kernel(program: pointwise.Program, forms: list[Form], even: bool) -> str:
     """Every quantized copy of a tile [BM, BC], and its scales."""
-    pointers = _pointers(program, amaxes)
+    pointers = _pointers(program)
+    pointers += [f"a{i}_ptr" for i, form in enumerate(forms) if form.kind not in BLOCKS]
     pointers += [f"{letter}{i}_ptr" for i in range(len(forms)) for letter in "qs"]
     body = [
         "c = tl.program_id(0) * BC + tl.arange(0, BC)",
@@ -156,7 +153,7 @@ def _cast_kernel(
     for i, form in enumerate(forms):
         body += _cast(i, form, even)
     sizes = ["M", "C", "BM: tl.constexpr", "BC: tl.constexpr"]
-    return _function("cast_kernel", [*pointers, *sizes], body)
+    return _function([*pointers, *sizes], body)
 
 
 def _cast(i: int, form: Form, even: bool) -> list[str]:
@@ -189,10 +186,10 @@ def _scale(i: int, form: Form, even: bool) -> tuple[str, list[str]]:
     mask = "" if even else f", mask={axis} < {size}"
     if form.kind == "tensor":
         first = "if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):"
-        return f"tl.load({form.amax}_ptr)", [first, f"    tl.store(s{i}_ptr, {decode})"]
+        return f"tl.load(a{i}_ptr)", [first, f"    tl.store(s{i}_ptr, {decode})"]
     if form.kind == "row":
         other = "" if even else ", other=0.0"
-        return f"tl.load({form.amax}_ptr + {axis}{mask}{other})", [
+        return f"tl.load(a{i}_ptr + {axis}{mask}{other})", [
             f"if tl.program_id({across}) == 0:",
             f"    tl.store(s{i}_ptr + {axis}, {decode}{mask})",
         ]
@@ -208,6 +205,6 @@ def _scale(i: int, form: Form, even: bool) -> tuple[str, list[str]]:
     ]
 
 
-def _function(name: str, parameters: list[str], body: list[str]) -> str:
-    head = ["@triton.jit", f"def {name}(", *(f"    {p}," for p in parameters), "):"]
+def _function(parameters: list[str], body: list[str]) -> str:
+    head = ["@triton.jit", "def kernel(", *(f"    {p}," for p in parameters), "):"]
     return "\n".join([*head, *(f"    {line}" for line in body)])
