@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from lpcompile import gemm
 from lpcompile.graph import (
+    BACKWARD,
     CASTS,
     TRANSPOSES,
     VIEWS,
@@ -32,6 +33,8 @@ from lpcompile.graph import (
     emit,
     meta_of,
     peel,
+    replace,
+    root,
     shape,
     users_through,
     value,
@@ -41,14 +44,12 @@ from lpcompile.recipes import Gemm
 from lpcompile.select import Choice
 from lpcompile.sites import Site, operands
 
-BACKWARD = "must_be_in_backward"
-
 
 def rewrite(choices: list[tuple[Site, Choice]], flow: Flow) -> int:
     """Rewrite every site that has a Gemm, and return how many."""
     chosen = [(site, choice.gemm) for site, choice in choices if choice.gemm is not None]
     held = Held(flow, (site.node for site, _ in chosen))
-    late = {
+    late = _narrowed_again(chosen) | {
         site.node
         for site, _ in chosen
         if site.product == "wgrad"
@@ -85,6 +86,21 @@ def _seed(chosen: list[tuple[Site, Gemm]]) -> fx.Node | None:
     return seed
 
 
+def _narrowed_again(chosen: list[tuple[Site, Gemm]]) -> set[fx.Node]:
+    """The fprop GEMMs whose weight a dgrad narrows in the same way round.
+
+    A weight that is used both ways round: AOT's CSE makes one quantize of the two, and the forward
+    would save what it made.
+    """
+    ways = [
+        (site, (root(site.weight), peel(site.weight)[1] != site.lhs_is_first))
+        for site, _ in chosen
+        if site.weight is not None
+    ]
+    again = {way for site, way in ways if site.product == "dgrad"}
+    return {site.node for site, way in ways if site.product == "fprop" and way in again}
+
+
 def _is_checkpointed(site: Site) -> bool:
     return site.forward is not None and "recompute" in site.forward.node.meta
 
@@ -115,8 +131,7 @@ def _rewrite(
         made = emit(node, aten.add.Tensor, made, node.args[0], meta=meta_of(node))
     if node.target is aten.bmm.default:
         made = emit(node, aten.unsqueeze.default, made, 0, meta=meta_of(node))
-    node.replace_all_uses_with(made)
-    node.graph.erase_node(node)
+    replace(node, made)
     if cast is not None:
         _fold(cast, made)
 
@@ -133,16 +148,22 @@ def _matrix(before: fx.Node, operand: fx.Node) -> fx.Node:
 
 
 def _quantize_meta(site: Site, operand: fx.Node, is_second: bool, late: bool) -> dict[str, Any]:
-    """The meta of an operand's quantize: when it runs, and that no policy for mm saves it."""
+    """The meta of an operand's quantize: when it runs, and that no policy for mm saves it.
+
+    late: the backward makes it (again) of what it holds.
+    """
     meta = meta_of(site.node)
     if is_second and site.product == "dgrad":
         _recompute(operand, VIEWS | TRANSPOSES | CASTS)  # no copy of a master weight is saved
-    elif is_second and late and not _is_checkpointed(site):
-        _recompute(operand, VIEWS | TRANSPOSES)
-    if is_second and (site.product == "dgrad" or late):
+        meta["partitioner_tag"] = BACKWARD
+    if is_second and site.product == "wgrad" and late:
+        if not _is_checkpointed(site):
+            _recompute(operand, VIEWS | TRANSPOSES)
         meta["partitioner_tag"] = BACKWARD
     if "recompute" in meta:
         meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+    if is_second and site.product == "fprop" and late:
+        meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     return meta
 
 
