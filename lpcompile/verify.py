@@ -14,7 +14,7 @@ a weight is no copy: it may be saved, and is, when CSE finds that forward and ba
 
 import operator
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -89,16 +89,27 @@ def _wrong_values(graph: fx.Graph, own: bool = False) -> Iterator[str]:
                 yield f"{node.name} is {_show(_fake(node))}, and is part of {_show(made)}"
         if not _is_repeatable(node) or (own and not is_own(node)):
             continue
-        with _quiet(node):
-            args, kwargs = map_arg((node.args, node.kwargs), _fake)
-            try:
-                made = node.target(*args, **kwargs)
-            except Exception as error:
-                yield f"{node.format_node()} does not take its inputs: {error}"
-                continue
-            for is_, should in zip(_flat(_fake(node)), _flat(made), strict=True):
-                if not _alike(is_, should, strides=is_own(node)):
-                    yield f"{_call(node)} is {_show(is_)}, and its op makes {_show(should)}"
+        try:
+            made = _remade(node)
+        except Exception as error:
+            yield f"{node.format_node()} does not take its inputs: {error}"
+            continue
+        for is_, should in zip(_flat(_fake(node)), _flat(made), strict=True):
+            if not _alike(is_, should, strides=is_own(node)):
+                yield f"{_call(node)} is {_show(is_)}, and its op makes {_show(should)}"
+
+
+def _remade(node: fx.Node) -> Any:
+    """What a call makes of the fake values of its inputs. Adds no guard."""
+    mode = next((t.fake_mode for t in _tensors(_fake(node)) if hasattr(t, "fake_mode")), None)
+    args, kwargs = map_arg((node.args, node.kwargs), _fake)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if mode is not None:
+            stack.enter_context(mode)
+            if mode.shape_env is not None:
+                stack.enter_context(mode.shape_env.suppress_guards())
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _is_repeatable(node: fx.Node) -> bool:
@@ -110,19 +121,6 @@ def _is_repeatable(node: fx.Node) -> bool:
         and not UNREPEATABLE & set(node.target.tags)
         and "val" in node.meta
     )
-
-
-@contextmanager
-def _quiet(node: fx.Node) -> Iterator[None]:
-    """The fake mode of a node's value, in which running an op adds no guard."""
-    mode = next((t.fake_mode for t in _tensors(_fake(node)) if hasattr(t, "fake_mode")), None)
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if mode is not None:
-            stack.enter_context(mode)
-            if mode.shape_env is not None:
-                stack.enter_context(mode.shape_env.suppress_guards())
-        yield
 
 
 def _wrong_outputs(graph: fx.Graph, before: Before) -> Iterator[str]:
@@ -163,17 +161,20 @@ def _differing(meta: dict[str, Any], other: dict[str, Any], but: set[str]) -> st
 
 def _misplaced(graph: fx.Graph, flow: Flow) -> Iterator[str]:
     """Quantizes of a weight that run in the other direction than the products they are for."""
+    late: set[fx.Node] = set()  # tagged, or computed from what is
     for node in graph.nodes:
-        if not is_own(node) or node not in flow.weights or node.target in PRODUCTS:
+        tag = node.meta.get("partitioner_tag")
+        if tag == BACKWARD or any(i in late for i in node.all_input_nodes):
+            late.add(node)
+        if not is_own(node) or node not in flow.weights:
             continue
         products = list(_products(node))
-        tag = node.meta.get("partitioner_tag")
-        if products and all(p in flow.gradients for p in products) and tag != BACKWARD:
+        if products and all(p in flow.gradients for p in products) and node not in late:
             yield (
                 f"{_call(node)} narrows a weight for the backward alone, its partitioner_tag is "
                 f"{tag!r} where {BACKWARD!r} is needed"
             )
-        if any(p not in flow.gradients for p in products) and tag == BACKWARD:
+        if any(p not in flow.gradients for p in products) and node in late:
             yield f"{_call(node)} narrows a weight for the forward and is tagged {BACKWARD!r}"
 
 

@@ -33,24 +33,24 @@ def problem(f=F.linear, dtype=torch.bfloat16):
 
 @pytest.fixture
 def broken(monkeypatch):
-    """A function that changes every graph after pass linear, before it is verified."""
+    """A function that changes the joint graph after pass linear, before it is verified."""
 
     def breaks(change):
         check = verify.passed
 
-        def passed(graph, leaves, name, before):
-            change(graph)
-            check(graph, leaves, name, before)
+        def passed(graph, name, before, leaves=None):
+            if name == "linear":
+                change(graph)
+            check(graph, name, before, leaves)
 
         monkeypatch.setattr(verify, "passed", passed)
 
     return breaks
 
 
-def first(graph, target, **meta):
-    """The first call of an op whose meta has these values."""
-    calls = (n for n in graph.nodes if n.target is target)
-    return next(n for n in calls if all(n.meta.get(k) == v for k, v in meta.items()))
+def first(graph, target):
+    """The first call of an op."""
+    return next(n for n in graph.nodes if n.target is target)
 
 
 def test_an_argument_that_changes_what_is_made_is_found(broken):
@@ -124,8 +124,9 @@ def test_a_quantize_that_nobody_reads_is_found(broken):
 
 def test_a_weight_that_is_narrowed_for_the_backward_in_the_forward_is_found(broken):
     def change(graph):
-        quantize = first(graph, QUANTIZE_T, partitioner_tag=BACKWARD)
-        quantize.meta["partitioner_tag"] = "is_forward"
+        for node in graph.find_nodes(op="placeholder", sort=True)[1].users:
+            if node.target in (ops.amax_column.op, QUANTIZE_T):
+                node.meta["partitioner_tag"] = "is_forward"
 
     broken(change)
     assert "narrows a weight for the backward alone, its partitioner_tag is 'is_forward'" in (
@@ -157,12 +158,21 @@ def both_ways(x, w):
     return torch.tanh(x @ w.T) @ w
 
 
+def autocast_both_ways(x, w):
+    with torch.autocast("cpu", torch.bfloat16):
+        return both_ways(x, w)
+
+
 def test_a_weight_that_both_directions_narrow_alike_is_not_saved():
     run(both_ways)
 
 
+def test_a_master_weight_that_both_directions_narrow_alike_is_not_saved():
+    run(autocast_both_ways, torch.float32)
+
+
 def test_a_narrow_copy_of_a_weight_that_is_saved_is_found(monkeypatch):
-    monkeypatch.setattr(linear, "_narrowed_alike", lambda chosen: set())
+    monkeypatch.setattr(linear, "_narrowed_again", lambda chosen: set())
     assert "is saved for the backward, and quantize_fp8_row" in problem(both_ways)
 
 
