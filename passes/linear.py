@@ -7,7 +7,8 @@ user's selective checkpointing and fails under DTensor. Post-grad cannot change 
 Where the new nodes run:
 
 - The weight is quantized in the forward for fprop and again in the backward for dgrad, never
-  saved: its quantize is ``must_be_in_backward``, and the cast of a master weight is recomputed.
+  saved: the one is to be recomputed where the backward wants it too, the other is
+  ``must_be_in_backward``, and the cast of a master weight is recomputed.
 - X for wgrad is quantized in the backward where the backward holds what X is made of anyway, and in
   a checkpointed region, from what the user's policy gives there. Elsewhere it is left to the
   partitioner, which saves the narrow copy because it is smaller.
@@ -34,7 +35,6 @@ from lpcompile.graph import (
     meta_of,
     peel,
     replace,
-    root,
     shape,
     users_through,
     value,
@@ -49,7 +49,7 @@ def rewrite(choices: list[tuple[Site, Choice]], flow: Flow) -> int:
     """Rewrite every site that has a Gemm, and return how many."""
     chosen = [(site, choice.gemm) for site, choice in choices if choice.gemm is not None]
     held = Held(flow, (site.node for site, _ in chosen))
-    late = _narrowed_again(chosen) | {
+    late = {
         site.node
         for site, _ in chosen
         if site.product == "wgrad"
@@ -84,21 +84,6 @@ def _seed(chosen: list[tuple[Site, Gemm]]) -> fx.Node | None:
         )
     seed.meta.update(meta_of(first, partitioner_tag=BACKWARD))
     return seed
-
-
-def _narrowed_again(chosen: list[tuple[Site, Gemm]]) -> set[fx.Node]:
-    """The fprop GEMMs whose weight a dgrad narrows in the same way round.
-
-    A weight that is used both ways round: AOT's CSE makes one quantize of the two, and the forward
-    would save what it made.
-    """
-    ways = [
-        (site, (root(site.weight), peel(site.weight)[1] != site.lhs_is_first))
-        for site, _ in chosen
-        if site.weight is not None
-    ]
-    again = {way for site, way in ways if site.product == "dgrad"}
-    return {site.node for site, way in ways if site.product == "fprop" and way in again}
 
 
 def _is_checkpointed(site: Site) -> bool:
@@ -148,21 +133,19 @@ def _matrix(before: fx.Node, operand: fx.Node) -> fx.Node:
 
 
 def _quantize_meta(site: Site, operand: fx.Node, is_second: bool, late: bool) -> dict[str, Any]:
-    """The meta of an operand's quantize: when it runs, and that no policy for mm saves it.
-
-    late: the backward makes it (again) of what it holds.
-    """
+    """The meta of an operand's quantize: when it runs, and that no policy for mm saves it."""
     meta = meta_of(site.node)
     if is_second and site.product == "dgrad":
         _recompute(operand, VIEWS | TRANSPOSES | CASTS)  # no copy of a master weight is saved
-        meta["partitioner_tag"] = BACKWARD
-    if is_second and site.product == "wgrad" and late:
-        if not _is_checkpointed(site):
-            _recompute(operand, VIEWS | TRANSPOSES)
+    elif is_second and late and not _is_checkpointed(site):
+        _recompute(operand, VIEWS | TRANSPOSES)
+    if is_second and (site.product == "dgrad" or late):
         meta["partitioner_tag"] = BACKWARD
     if "recompute" in meta:
         meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
-    if is_second and site.product == "fprop" and late:
+    if is_second and site.product == "fprop":
+        # The backward wants W narrowed so too where it makes Y again (under a memory budget), and
+        # where a linear has W the other way round: AOT's CSE makes one quantize of the two.
         meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     return meta
 

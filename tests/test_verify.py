@@ -4,12 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.exc import BackendCompilerFailed
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from lpcompile import ops, verify
 from lpcompile.errors import VerifyError
 from lpcompile.graph import BACKWARD, CASTS
-from lpcompile.passes import linear
 
 QUANTIZE, QUANTIZE_T = ops.quantize_fp8_row.op, ops.quantize_fp8_row_t.op
 PRODUCT = ops.scaled_mm.op
@@ -171,9 +170,24 @@ def test_a_master_weight_that_both_directions_narrow_alike_is_not_saved():
     run(autocast_both_ways, torch.float32)
 
 
-def test_a_narrow_copy_of_a_weight_that_is_saved_is_found(monkeypatch):
-    monkeypatch.setattr(linear, "_narrowed_again", lambda chosen: set())
+def test_a_narrow_copy_of_a_weight_that_is_saved_is_found(broken):
+    def change(graph):
+        for node in graph.nodes:
+            if node.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE:
+                del node.meta["recompute"]
+
+    broken(change)
     assert "is saved for the backward, and quantize_fp8_row" in problem(both_ways)
+
+
+def checkpointed(x, w):
+    for _ in range(2):
+        x = checkpoint(both_ways, x, w, use_reentrant=False)
+    return x
+
+
+def test_a_weight_of_two_checkpointed_regions_is_not_saved():
+    run(checkpointed)
 
 
 def autocast(x, w):
