@@ -1,6 +1,7 @@
 """Low-precision training as a torch.compile backend."""
 
 from lpcompile.api import compile_blocks, lowprec
+from lpcompile.dumps import dump
 from lpcompile.errors import LowPrecisionError, LowPrecisionWarning
 from lpcompile.explain import explain
 from lpcompile.formats import FORMATS, Format
@@ -27,6 +28,7 @@ __all__ = [
     "Rule",
     "compile_blocks",
     "dequantize",
+    "dump",
     "explain",
     "linear",
     "lowprec",

@@ -15,6 +15,7 @@ from torch import fx
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+from lpcompile import dumps
 from lpcompile.graph import Leaves
 from lpcompile.options import Options, parse
 from lpcompile.pipeline import Compile, JointPass, Partition, PostPass, graph_key, register
@@ -55,18 +56,23 @@ def compile_graph(
     leaves = Leaves.of(gm, example_inputs)
     compile = Compile(options, leaves, graph_key(gm, leaves))
     register(compile)
+    compile.dump = dumps.begin(gm, options)
+    compile.measures |= compile.dump is not None
     patches: dict[str, Any] = {
         **dict(options.inductor),
         "joint_custom_pre_pass": JointPass(compile),
         "post_grad_custom_post_pass": PostPass(compile),
     }
-    if compile.measures:
+    if compile.watches_cut:
         patches["custom_partitioner_fn"] = Partition(compile)
+    if compile.measures:
         patches["force_disable_caches"] = True  # on a hit no pass runs
     inner: Any = compile_fx_inner
     if options.codegen == "eager":
         inner = partial(run_op_by_op, passes=PostPass(compile))
         patches["force_disable_caches"] = True  # there is no artifact to cache
+    elif compile.dump is not None:
+        inner = compile.dump.inductor(inner)
     with functorch_config.patch(_for_memory_budget()):
         compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)
     announce(compile)

@@ -36,6 +36,9 @@ VIEWS = {
     aten.expand.default,
 }
 
+# The tag of a node that the partitioner must place in the backward.
+BACKWARD = "must_be_in_backward"
+
 # What a new node takes over from the GEMM that it replaces: the placement, a user's checkpoint
 # policy, and where it came from.
 META = (
@@ -112,6 +115,16 @@ def input_index(placeholder: fx.Node) -> int | None:
     while desc is not None and hasattr(desc, "base"):
         desc = desc.base
     return getattr(desc, "idx", None)
+
+
+def is_called(graph: fx.Graph) -> bool:
+    """Whether a graph is one that a higher-order op calls: AOTAutograd describes its own inputs."""
+    return any("desc" not in n.meta for n in placeholders(graph))
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """The inputs of a graph."""
+    return [n for n in graph.nodes if n.op == "placeholder"]
 
 
 def is_tangent(placeholder: fx.Node) -> bool:
@@ -208,8 +221,17 @@ class _Emitter(fx.proxy.GraphAppendingTracer):
         super().__init__(graph)
         self.meta, self.fake_mode = meta, fake_mode
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        name: Any = None,
+        type_expr: Any = None,
+    ) -> fx.Node:
+        name = _name(target, args) or name
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta = dict(self.meta)
         with self.fake_mode:
             given = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
@@ -232,6 +254,22 @@ def call(graph: fx.Graph, fake_mode: Any, target: Any, *args: Any, **kwargs: Any
     with fake_mode:
         node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]), **kwargs)
     return node
+
+
+def replace(node: fx.Node, made: fx.Node) -> None:
+    """Put ``made`` in a node's place, under its name, so that a diff shows what changed alone."""
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+    made.name = node.name
+
+
+def _name(target: Any, args: Any) -> str | None:
+    """``scaled_mm``, ``values``, ``scales``, where fx says scaled_mm_default and getitem."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__
+    if target is operator.getitem and is_own(args[0]) and args[1] < 2:
+        return ("values", "scales")[args[1]]
+    return None
 
 
 def _nodes(made: Any) -> Any:

@@ -70,7 +70,7 @@ class Options:
     codegen: "inductor", or "eager" to run the rewritten graphs op by op.
     strict: raise when a linear's GEMM that is to be narrowed cannot be.
     verify: check the graph between passes.
-    dump: a folder for the graphs before and after each pass, as runnable Python.
+    dump: a folder for the graphs before and after each pass, as runnable Python; see ``dump``.
     inductor: Inductor's own settings, sorted pairs.
     """
 
@@ -91,6 +91,10 @@ class Options:
         _one_of("codegen", self.codegen, get_args(Codegen))
         if self.target is not None:
             _one_of("target", self.target, tuple(DEVICES))
+        if self.dump is not None:
+            if not isinstance(self.dump, (str, os.PathLike)):
+                raise OptionError(f"dump is the path of a folder, got {self.dump!r}")
+            object.__setattr__(self, "dump", os.fspath(self.dump))
         for name in ("strict", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is True or False, got {getattr(self, name)!r}")

@@ -22,7 +22,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 
 import lpcompile
-from lpcompile import saved, structure
+from lpcompile import saved, structure, verify
+from lpcompile.dumps import Dump
 from lpcompile.graph import Flow, Leaves
 from lpcompile.options import Options
 from lpcompile.passes import deduplicate, fuse, linear
@@ -45,8 +46,14 @@ class Compile:
     has_run: bool = False
     unmatched: tuple[str, ...] = ()  # patterns of rules that matched no GEMM of this graph
     measures: bool = False  # also cut the graph as it was, for ``saved_bytes``
-    original: fx.Graph | None = None
+    originals: dict[fx.Graph, fx.Graph] = field(default_factory=dict)  # as they were, by graph
     saved_bytes: SavedBytes | None = None
+    dump: Dump | None = None
+
+    @property
+    def watches_cut(self) -> bool:
+        """Whether the partitioner is wrapped in ``Partition``."""
+        return self.measures or self.options.verify or self.dump is not None
 
 
 _observers: ContextVar[tuple[tuple[list[Compile], bool], ...]] = ContextVar("observers", default=())
@@ -83,21 +90,22 @@ class JointPass(CustomGraphPass):
         compile = self.compile
         compile.has_run = True
         if compile.measures:
-            compile.original = saved.copy(graph)
+            compile.originals[graph] = saved.copy(graph)
+        if compile.dump:
+            compile.dump.given(graph, "traced")
         flow = Flow(graph, compile.leaves)
         sites = find(graph, flow)
         choices = _choose(graph, sites, compile)
-        compile.rows += [_row(site, choice) for site, choice in choices]
+        rows = {site.node.name: _row(site, choice) for site, choice in choices}
+        compile.rows += rows.values()
         steps: list[tuple[str, Callable[[], int]]] = [
             ("linear", partial(linear.rewrite, choices, flow)),
         ]
         if not flow.gradients:
             steps.append(("deduplicate", partial(deduplicate.run, graph)))
-        for name, step in steps:
-            compile.counts[name] = step()
-            graph.eliminate_dead_code()
-            graph.lint()
-            log.debug("pass %s: %d", name, compile.counts[name])
+        run_steps(graph, steps, compile, compile.leaves)
+        if compile.dump:
+            compile.dump.gemms(graph, rows)
 
     def uuid(self) -> str:
         return f"{self.compile.key} {self.compile.options!r} {sources()}"
@@ -110,13 +118,35 @@ class PostPass(CustomGraphPass):
         self.compile = compile
 
     def __call__(self, graph: fx.Graph) -> None:
-        count = fuse.run(graph)
-        graph.eliminate_dead_code()
-        graph.lint()
-        log.debug("pass fuse: %d", count)
+        if self.compile.dump:
+            self.compile.dump.given(graph, "post_grad")
+        run_steps(graph, [("fuse", partial(fuse.run, graph))], self.compile)
 
     def uuid(self) -> str:
-        return sources()
+        return f"{self.compile.options.verify} {sources()}"
+
+
+def run_steps(
+    graph: fx.Graph,
+    steps: Sequence[tuple[str, Callable[[], int]]],
+    compile: Compile,
+    leaves: Leaves | None = None,
+) -> None:
+    """Run passes in order, each of which gives the number of changes that it made.
+
+    leaves: of a joint graph, in which it is checked too where nodes are to run.
+    """
+    for name, step in steps:
+        before = verify.Before.of(graph) if compile.options.verify else None
+        count = step()
+        graph.eliminate_dead_code()
+        graph.lint()
+        compile.counts[name] = compile.counts.get(name, 0) + count
+        log.debug("pass %s: %d", name, count)
+        if before is not None:
+            verify.passed(graph, name, before, leaves)
+        if compile.dump:
+            compile.dump.passed(graph, name, count)
 
 
 class Partition(CustomPartitionerFn):
@@ -128,16 +158,20 @@ class Partition(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        compile = self.compile
+        compile, outputs = self.compile, kwargs["num_fwd_outputs"]
+        joint, original = gm.graph, compile.originals.pop(gm.graph, None)
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
-        if compile.original is not None:
-            whole = fx.GraphModule(gm, compile.original)
+        if compile.options.verify:
+            verify.cut(forward.graph, backward.graph, compile.leaves, outputs)
+        if original is not None:
+            whole = fx.GraphModule(gm, original)
             before, _ = min_cut_rematerialization_partition(whole, joint_inputs, **kwargs)
-            outputs = kwargs["num_fwd_outputs"]
             compile.saved_bytes = SavedBytes(
                 saved.num_bytes(before.graph, compile.leaves, outputs),
                 saved.num_bytes(forward.graph, compile.leaves, outputs),
             )
+            if compile.dump:
+                compile.dump.cut(joint, forward, backward, before, compile.leaves, outputs)
         return forward, backward
 
     def uuid(self) -> str:

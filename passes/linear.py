@@ -7,7 +7,8 @@ user's selective checkpointing and fails under DTensor. Post-grad cannot change 
 Where the new nodes run:
 
 - The weight is quantized in the forward for fprop and again in the backward for dgrad, never
-  saved: its quantize is ``must_be_in_backward``, and the cast of a master weight is recomputed.
+  saved: the one is to be recomputed where the backward wants it too, the other is
+  ``must_be_in_backward``, and the cast of a master weight is recomputed.
 - X for wgrad is quantized in the backward where the backward holds what X is made of anyway, and in
   a checkpointed region, from what the user's policy gives there. Elsewhere it is left to the
   partitioner, which saves the narrow copy because it is smaller.
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from lpcompile import gemm
 from lpcompile.graph import (
+    BACKWARD,
     CASTS,
     TRANSPOSES,
     VIEWS,
@@ -32,6 +34,7 @@ from lpcompile.graph import (
     emit,
     meta_of,
     peel,
+    replace,
     shape,
     users_through,
     value,
@@ -40,8 +43,6 @@ from lpcompile.liveness import Held, is_cheap
 from lpcompile.recipes import Gemm
 from lpcompile.select import Choice
 from lpcompile.sites import Site, operands
-
-BACKWARD = "must_be_in_backward"
 
 
 def rewrite(choices: list[tuple[Site, Choice]], flow: Flow) -> int:
@@ -115,8 +116,7 @@ def _rewrite(
         made = emit(node, aten.add.Tensor, made, node.args[0], meta=meta_of(node))
     if node.target is aten.bmm.default:
         made = emit(node, aten.unsqueeze.default, made, 0, meta=meta_of(node))
-    node.replace_all_uses_with(made)
-    node.graph.erase_node(node)
+    replace(node, made)
     if cast is not None:
         _fold(cast, made)
 
@@ -143,6 +143,10 @@ def _quantize_meta(site: Site, operand: fx.Node, is_second: bool, late: bool) ->
         meta["partitioner_tag"] = BACKWARD
     if "recompute" in meta:
         meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+    if is_second and site.product == "fprop":
+        # The backward wants W narrowed so too where it makes Y again (under a memory budget), and
+        # where a linear has W the other way round: AOT's CSE makes one quantize of the two.
+        meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     return meta
 
 

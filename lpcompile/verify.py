@@ -1,0 +1,262 @@
+"""Check a graph between two passes, and the two that it is cut into. VerifyError says what broke.
+
+    after a pass     every node makes what its op makes of its inputs, to the dtype and size (ops of
+                     lpcompile: to the stride); the graph's outputs stay what they were; no quantize
+                     that nobody reads; a product has the meta of the GEMM that it replaced; what
+                     quantizes a weight for the backward is placed there
+    after the cut    no copy of a weight is saved that a quantize made, or a cast for a quantize
+
+A weight that the model computes (weight norm, a merged adapter) may be saved, as in bf16: min-cut
+weighs it against computing it again, and lpcompile adds nothing to it. What it adds is narrow
+copies and readers of a master weight's cast, and those it makes again in the backward. The amax of
+a weight is no copy: it may be saved, and is, when CSE finds that forward and backward both take it.
+"""
+
+import operator
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lpcompile import saved
+from lpcompile.errors import VerifyError
+from lpcompile.graph import BACKWARD, META, TRANSPOSES, VIEWS, Flow, Leaves, is_own, root
+from lpcompile.ops.define import PRODUCTS
+
+# Their fake outputs are new symbols at every call.
+UNREPEATABLE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+# A quantize has these of the product that it is for; when it runs may differ.
+PLACEMENT = {"partitioner_tag", "recompute"}
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a pass must keep: the metas of calls by name, and the outputs."""
+
+    metas: dict[str, dict[str, Any]]
+    outputs: list[Any]
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> "Before":
+        """Taken before the pass runs."""
+        metas = {n.name: dict(n.meta) for n in graph.nodes if n.op == "call_function"}
+        return cls(metas, _outputs(graph))
+
+
+def passed(graph: fx.Graph, name: str, before: Before, leaves: Leaves | None = None) -> None:
+    """Check a graph after pass ``name``.
+
+    leaves: of a joint graph, or of a forward without a backward before code generation. After that
+    Inductor has had its way with the metas of its own ops, so lpcompile's alone are checked.
+    """
+    problems = [_wrong_values(graph, own=leaves is None), _wrong_outputs(graph, before)]
+    problems.append(_dead(graph))
+    if leaves is not None:
+        problems += [_lost_metas(graph, before), _misplaced(graph, Flow(graph, leaves))]
+    for problem in chain(*problems):
+        raise _error(f"after pass {name!r}", problem)
+
+
+def cut(forward: fx.Graph, backward: fx.Graph, leaves: Leaves, num_outputs: int) -> None:
+    """Check a forward graph of ``num_outputs`` outputs of the user's, and its backward."""
+    for graph, name in ((forward, "forward"), (backward, "backward")):
+        for problem in (*_wrong_values(graph), *_dead(graph)):
+            raise _error(f"in the {name} graph", problem)
+    for problem in _weight_copies(forward, backward, leaves, num_outputs):
+        raise _error("after partitioning", problem)
+
+
+def _error(where: str, problem: str) -> VerifyError:
+    return VerifyError(
+        f"{where}: {problem}. This is a bug of lpcompile: please report it, with the files that "
+        "options={'dump': 'folder'} writes"
+    )
+
+
+def _wrong_values(graph: fx.Graph, own: bool = False) -> Iterator[str]:
+    """Nodes, or lpcompile's own, whose fake value is not what their op makes of their inputs'."""
+    for node in graph.nodes:
+        if node.target is operator.getitem and is_own(node.args[0]):
+            made = _flat(_fake(node.args[0]))[node.args[1]]
+            if not _alike(_fake(node), made, strides=True):
+                yield f"{node.name} is {_show(_fake(node))}, and is part of {_show(made)}"
+        if not _is_repeatable(node) or (own and not is_own(node)):
+            continue
+        try:
+            made = _remade(node)
+        except Exception as error:
+            yield f"{node.format_node()} does not take its inputs: {error}"
+            continue
+        for is_, should in zip(_flat(_fake(node)), _flat(made), strict=True):
+            if not _alike(is_, should, strides=is_own(node)):
+                yield f"{_call(node)} is {_show(is_)}, and its op makes {_show(should)}"
+
+
+def _remade(node: fx.Node) -> Any:
+    """What a call makes of the fake values of its inputs. Adds no guard."""
+    mode = next((t.fake_mode for t in _tensors(_fake(node)) if hasattr(t, "fake_mode")), None)
+    args, kwargs = map_arg((node.args, node.kwargs), _fake)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if mode is not None:
+            stack.enter_context(mode)
+            if mode.shape_env is not None:
+                stack.enter_context(mode.shape_env.suppress_guards())
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _is_repeatable(node: fx.Node) -> bool:
+    return (
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.target.namespace in ("aten", "prims", "lpcompile")
+        and not node.target._schema.is_mutable
+        and not UNREPEATABLE & set(node.target.tags)
+        and "val" in node.meta
+    )
+
+
+def _wrong_outputs(graph: fx.Graph, before: Before) -> Iterator[str]:
+    outputs = _outputs(graph)
+    if len(outputs) != len(before.outputs):
+        yield f"the graph has {len(outputs)} outputs, it had {len(before.outputs)}"
+        return
+    for i, (is_, was) in enumerate(zip(outputs, before.outputs, strict=True)):
+        if not _alike(is_, was, strides=False):
+            yield f"output {i} of the graph is {_show(is_)}, it was {_show(was)}"
+
+
+def _dead(graph: fx.Graph) -> Iterator[str]:
+    """Calls of lpcompile's ops that nobody reads; min-cut may save the values, not the scales."""
+    for node in filter(is_own, graph.nodes):
+        several = isinstance(node.meta.get("val"), (tuple, list))
+        if not any(u.users for u in node.users) if several else not node.users:
+            yield f"nobody reads what {_call(node)} makes"
+
+
+def _lost_metas(graph: fx.Graph, before: Before) -> Iterator[str]:
+    """Products without the meta of the GEMM they replaced; quantizes without that of a product."""
+    own = list(filter(is_own, graph.nodes))
+    for node in own:
+        lost = _differing(node.meta, before.metas.get(node.name, node.meta), set())
+        if lost:
+            yield f"{_call(node)} has another {lost} than the call that it replaced"
+    for node in own:
+        products = [] if node.target in PRODUCTS else list(_products(node))
+        losses = [_differing(node.meta, p.meta, PLACEMENT) for p in products]
+        if losses and all(losses):
+            yield f"{_call(node)} has another {losses[0]} than {products[0].name}, its product"
+
+
+def _differing(meta: dict[str, Any], other: dict[str, Any], but: set[str]) -> str:
+    return ", ".join(k for k in META if k not in but and meta.get(k) != other.get(k))
+
+
+def _misplaced(graph: fx.Graph, flow: Flow) -> Iterator[str]:
+    """Quantizes of a weight that run in the other direction than the products they are for."""
+    late: set[fx.Node] = set()  # tagged, or computed from what is
+    for node in graph.nodes:
+        tag = node.meta.get("partitioner_tag")
+        if tag == BACKWARD or any(i in late for i in node.all_input_nodes):
+            late.add(node)
+        if not is_own(node) or node not in flow.weights:
+            continue
+        products = list(_products(node))
+        if products and all(p in flow.gradients for p in products) and node not in late:
+            yield (
+                f"{_call(node)} narrows a weight for the backward alone, its partitioner_tag is "
+                f"{tag!r} where {BACKWARD!r} is needed"
+            )
+        if any(p not in flow.gradients for p in products) and node in late:
+            yield f"{_call(node)} narrows a weight for the forward and is tagged {BACKWARD!r}"
+
+
+def _products(node: fx.Node) -> Iterator[fx.Node]:
+    """The products that a quantize, or a part of one, is for."""
+    for user in node.users:
+        if user.target in PRODUCTS:
+            yield user
+        elif user.target is operator.getitem or is_own(user):
+            yield from _products(user)
+
+
+def _weight_copies(
+    forward: fx.Graph, backward: fx.Graph, leaves: Leaves, num_outputs: int
+) -> Iterator[str]:
+    flow = Flow(forward, leaves)
+    inputs = {_storage(n) for n in forward.nodes if n.op == "placeholder"} - {None}
+    received = {n.name: n for n in backward.nodes if n.op == "placeholder"}
+    for node in saved.nodes(forward, num_outputs):
+        if node not in flow.weights or _storage(node) in inputs:
+            continue
+        if node.target is operator.getitem and is_own(node.all_input_nodes[0]):
+            if node.args[1] == 0:
+                yield (
+                    f"{node.name} is saved for the backward, and {_call(node.all_input_nodes[0])} "
+                    "made it of a weight"
+                )
+        elif root(node).op == "placeholder" and _feeds_own(received.get(node.name)):
+            yield (
+                f"{node.name} = {_call(node)} is saved for a quantize in the backward, and is a "
+                f"copy of the weight {root(node).name}"
+            )
+
+
+def _feeds_own(node: fx.Node | None) -> bool:
+    """Whether one of lpcompile's ops reads a node, through views of it."""
+    if node is None:
+        return False
+    return any(
+        is_own(u) or ((u.target in VIEWS or u.target in TRANSPOSES) and _feeds_own(u))
+        for u in node.users
+    )
+
+
+def _storage(node: fx.Node) -> StorageWeakRef | None:
+    made = node.meta.get("val")
+    return StorageWeakRef(made.untyped_storage()) if isinstance(made, Tensor) else None
+
+
+def _outputs(graph: fx.Graph) -> list[Any]:
+    (outputs,) = graph.output_node().args
+    return [_fake(n) if isinstance(n, fx.Node) else n for n in outputs]  # type: ignore[union-attr]
+
+
+def _fake(node: fx.Node) -> Any:
+    return node.meta.get("val")
+
+
+def _flat(made: Any) -> list[Any]:
+    return list(made) if isinstance(made, (tuple, list)) else [made]
+
+
+def _tensors(made: Any) -> list[Tensor]:
+    return [t for t in _flat(made) if isinstance(t, Tensor)]
+
+
+def _alike(a: Any, b: Any, *, strides: bool) -> bool:
+    """Whether two fake values have one dtype, device and size; only tensors are compared."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return isinstance(a, Tensor) == isinstance(b, Tensor)
+    if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
+        return False
+    pairs = [*zip(a.shape, b.shape, strict=True)]
+    pairs += zip(a.stride(), b.stride(), strict=True) if strides else []
+    return all(statically_known_true(x == y) for x, y in pairs)
+
+
+def _show(made: Any) -> str:
+    if not isinstance(made, Tensor):
+        return type(made).__name__
+    return f"{made.dtype} {list(made.shape)} of strides {list(made.stride())}"
+
+
+def _call(node: fx.Node) -> str:
+    return f"{node.name} = {node.target}"
