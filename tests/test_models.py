@@ -86,7 +86,7 @@ def assert_close(made, expected, close=close):
     assert made.keys() == expected.keys()
     for name, m in made.items():
         e = expected[name]
-        flat = (t.reshape(-1, t.shape[-1]).float() if t.dim() else t.view(1, 1) for t in (m, e))
+        flat = (t.reshape(-1, t.shape[-1] if t.dim() > 1 else 1).float() for t in (m, e))
         assert close(*flat) == "", name
 
 

@@ -1,6 +1,6 @@
 """Every amax of a pointwise program's results: inputs [M, C] -> row [M], column [C], tensor [1].
 
-    wants: "row0" "column0" "tensor1" = a maximum a row and one a column of result 0, one of result 1
+    wants: "row0" "column0" "tensor1" = a maximum a row and a column of result 0, one of result 1
 
 The first of two reads of what ``fused_cast`` quantizes in the second. Reading k inputs twice moves
 fewer bytes than writing r results in bf16 and reading them twice, 2k against k + 3r, and a graph
