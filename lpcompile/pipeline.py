@@ -112,7 +112,8 @@ class JointPass(CustomGraphPass):
     def uuid(self) -> str:
         # Recipes and devices by what they are too: a user may have put others under a name.
         options = self.compile.options
-        recipes = [get_recipe(of.recipe) for of in (options, *options.rules)]
+        named = [options.recipe, *(rule.recipe for rule in options.rules)]
+        recipes = [get_recipe(name) for name in named]
         said = repr((options, recipes, DEVICES))
         return " ".join((self.compile.key, hashlib.sha256(said.encode()).hexdigest(), sources()))
 
