@@ -4,6 +4,7 @@ This file is the test and the program: the fixture starts it once per rank, ever
 and each test reads what its case left behind. Gloo on CPUs, NCCL on GPUs.
 """
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -20,9 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -116,14 +115,13 @@ class Case:
 
 
 SPREADS = ("fsdp", "tp", "sp")
-# Of the relative difference to one process, per column of a weight's gradient: what the format's
-# rounding makes of other scales, e5m2 gradients being four times as coarse as e4m3.
-BOUNDS = {"fp8_rowwise": 0.1, "fp8_tensorwise": 0.3, "fp8_blockwise": 0.1}
+# Of the relative difference to one process, per column of a weight's gradient: what the rounding
+# of the format makes of other scales. e5m2 is twice as coarse as e4m3, e2m1 four times.
+BOUNDS = dict(fp8_rowwise=0.1, fp8_tensorwise=0.3, fp8_blockwise=0.1, mxfp8=0.1, nvfp4=0.5)
 CHECKPOINTED = [Case(f"{spread} of two layers", spread, num_layers=2) for spread in SPREADS]
 CASES = [
     *CHECKPOINTED,
-    *(Case(f"{spread} tensorwise", spread, "fp8_tensorwise") for spread in SPREADS),
-    *(Case(f"{spread} blockwise", spread, "fp8_blockwise") for spread in ("fsdp", "tp")),
+    *(Case(f"{at} {recipe}", at, recipe) for recipe in [*BOUNDS][1:] for at in SPREADS),
     Case("fsdp over fp32 masters", "fsdp", masters=True),
     Case("fsdp with checkpointing", "fsdp", checkpoints=True),
     Case("fsdp in full Inductor", "fsdp", codegen="inductor"),
@@ -250,7 +248,7 @@ def main(rank, device, folder):
         torch.cuda.set_device(rank)
     kind = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(kind, f"file://{folder}/meet", rank=rank, world_size=WORLD)
-    mesh = init_device_mesh(device, (WORLD,))
+    mesh = dist.init_device_mesh(device, (WORLD,))
     jobs = {case.name: (run_case, case, mesh) for case in CASES}
     for case in CHECKPOINTED:
         place = str(folder / f"checkpoint {case.spread}")
@@ -258,7 +256,7 @@ def main(rank, device, folder):
     for name, (job, *args) in jobs.items():
         try:
             result = job(*args)
-        except (Exception, CheckpointException):  # which is no Exception
+        except (Exception, dcp.CheckpointException):  # which is no Exception
             result = {"error": traceback.format_exc()}
         torch.save(result, folder / f"{name} {rank}.pt")
     dist.destroy_process_group()
@@ -280,13 +278,12 @@ def world(request, tmp_path_factory):
         command = [sys.executable, __file__, str(rank), request.param, str(folder)]
         log = (folder / f"log {rank}").open("w")
         processes.append(subprocess.Popen(command, env=os.environ | cache, stdout=log, stderr=log))
-    try:
-        codes = [p.wait(timeout=400) for p in processes]
-    except subprocess.TimeoutExpired:
-        codes = ["a timeout"]
-    finally:
-        for p in processes:
-            p.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        for process in processes:
+            process.wait(timeout=400)
+    codes = [process.poll() for process in processes]
+    for process in processes:
+        process.kill()
     logs = [(folder / f"log {rank}").read_text()[-4000:] for rank in range(WORLD)]
     assert codes == [0] * WORLD, "\n".join(logs)
     return request.param, folder
@@ -347,7 +344,10 @@ def test_two_ranks_have_the_loss_and_gradients_of_one_process(world, case):
         assert far_from(expected, made["gradients"], BOUNDS[case.recipe]) == {}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+NOT_RANDOM = [c for c in CASES if c.recipe != "nvfp4"]  # which draws, each rank for itself
+
+
+@pytest.mark.parametrize("case", NOT_RANDOM, ids=lambda case: case.name)
 def test_two_ranks_quantize_like_one_process_that_computes_in_their_shards(world, case):
     model = Model(case).to(world[0])
     x, target = batch(world[0])
