@@ -23,12 +23,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitioner
 
 import lpcompile
 from lpcompile import saved, structure, verify
+from lpcompile.cost import DEVICES
 from lpcompile.dumps import Dump
-from lpcompile.graph import Flow, Leaves
+from lpcompile.graph import Flow, Leaves, hint, module_path
 from lpcompile.options import Options
 from lpcompile.passes import deduplicate, fuse, linear
+from lpcompile.recipes import get_recipe
 from lpcompile.report import Row, SavedBytes
-from lpcompile.select import Choice, Selection
+from lpcompile.select import Choice, Selection, annotated, annotation
 from lpcompile.sites import Site, find
 
 log = logging.getLogger("lpcompile")
@@ -108,7 +110,12 @@ class JointPass(CustomGraphPass):
             compile.dump.gemms(graph, rows)
 
     def uuid(self) -> str:
-        return f"{self.compile.key} {self.compile.options!r} {sources()}"
+        # Recipes and devices by what they are too: a user may have put others under a name.
+        options = self.compile.options
+        named = [options.recipe, *(rule.recipe for rule in options.rules)]
+        recipes = [get_recipe(name) for name in named]
+        said = repr((options, recipes, DEVICES))
+        return " ".join((self.compile.key, hashlib.sha256(said.encode()).hexdigest(), sources()))
 
 
 class PostPass(CustomGraphPass):
@@ -204,17 +211,24 @@ def _row(site: Site, choice: Choice) -> Row:
 def graph_key(gm: fx.GraphModule, leaves: Leaves) -> str:
     """A digest of what steers the passes and is not in torch's cache key.
 
-    ``torch.fx.traceback.annotate`` and module paths are not (torch 2.11 and 2.13): with a constant
-    uuid an annotated graph takes the entry of the graph without.
+    Not there (torch 2.11 to 2.13), so that a constant uuid would take another graph's entry: what
+    ``torch.fx.traceback.annotate`` said, module paths, and the hints of symbolic sizes, by which
+    the cost model decides.
     """
-    digest = hashlib.sha256(repr(sorted(leaves.parameters)).encode())
-    digest.update(repr(sorted(leaves.buffers)).encode())
-    for node in gm.graph.nodes:
-        said = (node.meta.get("custom") or {}).get("lowprec")
-        stack = node.meta.get("nn_module_stack") or {}
-        path = list(stack.values())[-1][0] if stack else ""
-        digest.update(f"{node.name} {said!r} {path}\n".encode())
+    digest = hashlib.sha256(repr((sorted(leaves.parameters), sorted(leaves.buffers))).encode())
+    # The body of a checkpoint, and of any higher-order op, is a graph of its own.
+    for module in (m for m in gm.modules() if isinstance(m, fx.GraphModule)):
+        for node in module.graph.nodes:
+            asked, hints = annotation(node), _hints(node.meta.get("example_value"))
+            recipe = None if asked is None else annotated(asked)
+            digest.update(f"{node.name} {module_path(node)} {hints} {recipe}\n".encode())
     return digest.hexdigest()
+
+
+def _hints(made: Any) -> list[int | None]:
+    """The sizes of a tensor, or a size itself, as numbers."""
+    sizes = made.shape if isinstance(made, torch.Tensor) else [made]
+    return [hint(s) for s in sizes if isinstance(s, int | torch.SymInt)]
 
 
 @cache

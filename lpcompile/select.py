@@ -91,7 +91,7 @@ class Selection:
         if asked is None and site.forward is not None:
             asked = annotation(site.forward.node)
         if asked is not None:
-            recipe = BF16 if asked in ("bf16", "skip") else get_recipe(asked)
+            recipe = annotated(asked)
             label = asked if isinstance(asked, str) else name_of(recipe)
             return recipe, label, True, f"annotated {label}"
         for rule in self.options.rules:
@@ -115,6 +115,11 @@ def annotation(node: fx.Node) -> str | Recipe | None:
     if said is not None and not isinstance(said, (str, Recipe)):
         raise RecipeError(f"annotate({{'lowprec': ...}}) takes a recipe or its name, got {said!r}")
     return said
+
+
+def annotated(asked: str | Recipe) -> Recipe:
+    """The recipe that an annotation asks for."""
+    return BF16 if asked == "skip" else get_recipe(asked)
 
 
 class Depth:
