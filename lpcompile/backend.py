@@ -15,6 +15,7 @@ from torch import fx
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+import lpcompile.lowerings  # noqa: F401
 from lpcompile import dumps
 from lpcompile.graph import Leaves
 from lpcompile.options import Options, parse

@@ -11,7 +11,6 @@ and sums round as torch's do; exp, sigmoid and division may differ in their last
 """
 
 from functools import cache
-from itertools import accumulate
 from string import ascii_lowercase
 from typing import Any
 
@@ -21,9 +20,9 @@ from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 
 from lpcompile.ops import amax_column, amax_tensor, fp8, fused_source, pointwise
-from lpcompile.ops.define import define, round_up, same_bits
+from lpcompile.ops.define import define, same_bits
 
-BM, BC, ROWS, WARPS = 16, 256, 512, 8  # a tile, rows a program goes down, warps
+BM, BC, ROWS, WARPS = 8, 128, 256, 2  # a tile, rows a program goes down, warps
 
 
 def outputs(inputs: list[Tensor], program: str, wants: list[str]) -> list[Tensor]:
@@ -53,7 +52,7 @@ def launch(inputs: list[Tensor], program: str, wants: list[str]) -> list[Tensor]
     if not fp8.runs_triton(full) or not full.numel():
         return reference(inputs, program, wants)
     M, C = full.shape
-    made = _zeros([a.numel() for a in outputs(inputs, program, wants)], full.device)
+    made = [a.zero_() for a in outputs(inputs, program, wants)]  # not one buffer: no aliases
     bits = [a.view(torch.int32) for a in made]
     grid = (triton.cdiv(C, BC), triton.cdiv(M, ROWS))
     kernel(program, tuple(wants), M % ROWS == 0 and C % BC == 0)[grid](
@@ -70,13 +69,6 @@ def full_input(inputs: list[Tensor], program: str) -> Tensor:
 
 def _along(want: str) -> str:
     return want.rstrip("0123456789")
-
-
-def _zeros(sizes: list[int], device: torch.device) -> list[Tensor]:
-    """One zeroed buffer, cut at multiples of 16 bytes."""
-    ends = list(accumulate(round_up(n, 4) for n in sizes))
-    buffer = torch.zeros(ends[-1] if ends else 0, dtype=torch.float32, device=device)
-    return [buffer[at : at + n] for at, n in zip([0, *ends], sizes, strict=False)]
 
 
 op = define(

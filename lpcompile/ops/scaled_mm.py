@@ -102,8 +102,7 @@ def launch(
     if a_scale.dtype in block_scaled.SCALES:
         sides = Side(a, a_scale, a_amax), Side(b, b_scale, b_amax)
         return block_scaled.launch(*sides, out_dtype)
-    capability = torch.cuda.get_device_capability(a.device)
-    if capability < (8, 9) or (a_scale.dim() == 2 and capability[0] != 9):
+    if not _is_native(a, a_scale, b):
         return reference(a, a_scale, b, b_scale, out_dtype, fast_accum)
     N = b.shape[0]
     if N % ALIGN:
@@ -116,6 +115,19 @@ def launch(
     else:
         made = _scaled_mm(a, a_scale, b, b_scale.t(), torch.bfloat16, fast_accum)
     return made[:, :N].to(out_dtype).contiguous()
+
+
+def _is_native(a: Tensor, a_scale: Tensor, b: Tensor) -> bool:
+    """Whether the device multiplies these without emulation.
+
+    Blocks: cuBLASLt on Hopper, where it takes whole blocks, rows of scales that start at multiples
+    of 16 bytes, and (for 128x128, torch 2.11) no stride between them but their number.
+    """
+    capability = torch.cuda.get_device_capability(a.device)
+    if a_scale.dim() < 2:
+        return capability >= (8, 9)
+    whole = a.shape[1] % (4 * BLOCK) == 0 and a.shape[0] % 4 == 0 and b.shape[0] % ALIGN == 0
+    return capability[0] == 9 and whole
 
 
 def _scaled_mm(
@@ -188,6 +200,8 @@ def samples(device: str) -> list[tuple[Any, ...]]:
         (block(x, e4m3, True), block(w, e4m3, True)),
         (block(odd, e4m3, True), square(randn(21, 203), e4m3, True)),
         (block(randn(300, 384), e4m3, True), square(randn(260, 384), e4m3, True)),
+        (block(randn(300, 1024), e4m3, True), square(randn(272, 1024), e4m3, True)),
+        (block(randn(300, 1024), e4m3, True), block(randn(272, 1024), e4m3, True)),
     ]
     bf16 = [(*a, *b, torch.bfloat16, False) for a, b in pairs]
     return [
