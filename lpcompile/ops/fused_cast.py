@@ -42,11 +42,6 @@ class Tile(NamedTuple):
 
 SCALED, SQUARE = Tile(64, 32, 4), Tile(128, 128, 8)
 ROWS, COLUMNS = Tile(32, 128, 4), Tile(128, 32, 4)
-    Tile(64, 32, 4),
-    Tile(32, 128, 4),
-    Tile(128, 32, 4),
-    Tile(128, 128, 8),
-)
 
 _BLOCK_OPS: dict[tuple[str, bool], Any] = {
     ("block", False): quantize_fp8_block,
