@@ -27,10 +27,15 @@ _fallback = fallback_handler(OP, add_to_fallback_set=False)
 
 @register_lowering(OP, type_promotion_kind=None)
 def lower(x: Any, element: torch.dtype, pow2: bool) -> Any:
-    """values[R, C], scales[R] of x[R, C]; the op itself where C needs padding or is symbolic."""
+    """values[R, C], scales[R] of x[R, C].
+
+    The op itself where C needs padding or is symbolic, and where x is in memory: its own kernel
+    reads x once, and Inductor's loop twice (118 against 50 us for 14336 x 4096, H200, torch 2.11).
+    """
     rows, columns = x.get_size()
     sizes = V.graph.sizevars
-    if not sizes.statically_known_multiple_of(columns, ALIGN) or x.get_dtype() != torch.bfloat16:
+    narrow = sizes.statically_known_multiple_of(columns, ALIGN)
+    if is_in_memory(x) or not narrow or x.get_dtype() != torch.bfloat16:
         return _fallback(x, element, pow2)
     # In fp32: Inductor's C++ for a bf16 amax declares one variable twice (torch 2.13, CPU).
     magnitude = lowerings[aten.abs.default](to_dtype(x, torch.float32))
@@ -60,6 +65,13 @@ def lower(x: Any, element: torch.dtype, pow2: bool) -> Any:
         ranges=[rows],
     )
     return values, scales
+
+
+def is_in_memory(x: Any) -> bool:
+    """Whether x is a buffer, and not a computation that could still be fused."""
+    while isinstance(x, (ir.TensorBox, ir.BaseView)):
+        x = x.data
+    return not (isinstance(x, ir.StorageBox) and isinstance(x.data, (ir.Pointwise, ir.Reduction)))
 
 
 def encode(amax: Any, element: torch.dtype, pow2: bool) -> Any:

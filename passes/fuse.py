@@ -5,8 +5,9 @@ one read for the amaxes (``fused_amax``) and one for the casts (``fused_cast``);
 SwiGLU, both ways, and its output for wgrad, from two reads of (gate, up, dh). Blocks need no amax,
 and one read.
 
-What stays as it was: a row-wise quantize alone, which Inductor fuses with what makes its operand in
-one read; and one quantize alone of a tensor that is in memory, which gains nothing.
+A row-wise quantize alone is one op and one read, with what makes its operand
+(``fused_quantize_row``). What stays as it was: one quantize alone of a tensor that is in memory,
+which gains nothing; and one whose producer is too much for a program, which Inductor may fuse.
 """
 
 import operator
@@ -24,6 +25,7 @@ from torch._prims_common import is_contiguous_or_false
 from lpcompile import ops
 from lpcompile.cones import POINTWISE, RESHAPES, Cone, TooComplex
 from lpcompile.graph import call, shape, value
+from lpcompile.ops.fused_quantize_row import WIDEST
 from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, Form
 
 MOST_INPUTS, MOST_STATEMENTS = 4, 48
@@ -79,9 +81,13 @@ def run(graph: fx.Graph) -> int:
     private = _private(graph, requests)
     count = 0
     for group in _groups(requests, private):
-        if _pays(group):
+        if _is_row(group):
+            _replace_row(graph, group)
+        elif _pays(group):
             _replace(graph, group)
-            count += len(group.requests)
+        else:
+            continue
+        count += len(group.requests)
     if count:
         stable_topological_sort(graph)
     return count
@@ -189,8 +195,15 @@ def _depend(nodes: Iterable[fx.Node], on: set[fx.Node]) -> bool:
     return False
 
 
+def _is_row(group: Group) -> bool:
+    """Whether a group is one row-wise quantize whose inputs' rows fit in registers."""
+    forms = [(r.kind, r.transposed) for r in group.requests]
+    width = group.cone.num_full * group.cone.columns
+    return forms == [("row", False)] and bool(group.cone.statements) and width <= WIDEST
+
+
 def _pays(group: Group) -> bool:
-    """Whether one op moves fewer bytes than what it replaces."""
+    """Whether two ops move fewer bytes than what they replace."""
     forms = [(r.kind, r.transposed) for r in group.requests]
     if all(form == ("row", False) for form in forms):
         return False
@@ -200,6 +213,18 @@ def _pays(group: Group) -> bool:
     amaxes = [r for r in group.requests if r.kind not in BLOCKS and not _given(r)]
     reads = 2 if amaxes else 1
     return reads * inputs <= inputs + results + results * reads
+
+
+def _replace_row(graph: fx.Graph, group: Group) -> None:
+    (request,) = group.requests
+    fake_mode: Any = value(request.x).fake_mode  # type: ignore[attr-defined]
+    make = partial(call, graph, fake_mode)
+    program = group.cone.program([name for name, _ in group.results]).text()
+    with graph.inserting_before(request.node):
+        inputs = [_matrix(make, group.cone, leaf, kind) for leaf, kind in group.cone.leaves]
+        made = make(ops.fused_quantize_row.op, inputs, program, *request.node.args[1:])
+    request.node.replace_all_uses_with(made)
+    graph.erase_node(request.node)
 
 
 def _given(request: Request) -> bool:

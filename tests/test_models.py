@@ -113,7 +113,7 @@ def test_an_ffn_has_the_oracles_gradients(recipe, bias, device):
     )
     # The oracle draws a seed for every linear, the graph one for all.
     stochastic = lpcompile.RECIPES[recipe].is_stochastic
-    assert_close(made, expected, per_column(0.2) if stochastic else close)
+    assert_close(made, expected, per_column(0.4) if stochastic else close)
 
 
 @pytest.mark.parametrize(

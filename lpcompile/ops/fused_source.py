@@ -1,4 +1,4 @@
-"""The Triton source of ``fused_amax`` and ``fused_cast``, for one program.
+"""The Triton source of ``fused_amax``, ``fused_cast`` and ``fused_quantize_row``, for one program.
 
 The tile's producer is ``pointwise.to_triton``; the rest is what ``lpcompile.ops.fp8`` does, written
 out for the forms that are wanted. Readable on purpose: it is what a dump of a graph shows.
@@ -67,6 +67,26 @@ def cast_source(program: str, forms: tuple[str, ...], even: bool) -> str:
     """A module with the ``kernel`` of ``fused_cast``."""
     parsed = [parse_form(f) for f in forms]
     return _module(program, forms, _cast_kernel(pointwise.parse(program), parsed, even))
+
+
+def row_source(program: str, element: str, pow2: bool, even: bool) -> str:
+    """A module with the ``kernel`` of ``fused_quantize_row``: whole rows in registers."""
+    named, limit = pointwise.parse(program), fp8.MAX[ELEMENTS[element]]
+    masked = "" if even else ", mask=(m < M)[:, None] & (c < CP)[None, :]"
+    body = [
+        "m = tl.program_id(0) * BM + tl.arange(0, BM)",
+        "c = tl.arange(0, BC)",
+        "CP = (C + 15) // 16 * 16",
+        *_tile(named, even, rounded=True),
+        f"x = {_live(f'f_{named.results[0]}', even)}",
+        f"e = fp8.encode(tl.reduce(tl.abs(x), 1, fp8.larger), {limit}, {pow2})",
+        f"n = fp8.narrow({_live('x * e[:, None]', even)}, {_TRITON[element]})",
+        f"tl.store(q_ptr + m[:, None].to(tl.int64) * CP + c[None, :], n{masked})",
+        f"tl.store(s_ptr + m, fp8.decode(e){'' if even else ', mask=m < M'})",
+    ]
+    sizes = ["M", "C", "BM: tl.constexpr", "BC: tl.constexpr"]
+    kernel = _function([*_pointers(named), "q_ptr", "s_ptr", *sizes], body)
+    return _module(program, (f"{element} {'pow2' if pow2 else 'fp32'}",), kernel)
 
 
 def _module(program: str, wanted: tuple[str, ...], kernel: str) -> str:
@@ -206,5 +226,7 @@ def _scale(i: int, form: Form, even: bool) -> tuple[str, list[str]]:
 
 
 def _function(parameters: list[str], body: list[str]) -> str:
-    head = ["@triton.jit", "def kernel(", *(f"    {p}," for p in parameters), "):"]
+    # Not specialized, for the reason that quantize_fp8_row_t gives.
+    decorator = '@triton.jit(do_not_specialize=["M"])'
+    head = [decorator, "def kernel(", *(f"    {p}," for p in parameters), "):"]
     return "\n".join([*head, *(f"    {line}" for line in body)])

@@ -2,6 +2,9 @@
 
 What wgrad needs of dY and X, and dgrad of W. The amax of each column comes from ``amax_column``.
 Mp is M rounded up to 16, and the padding is zero. Arithmetic: ``lpcompile.ops.fp8``.
+
+M is not specialized: for M = 1, which Triton makes a constant, rows of padding were not zero in the
+second column tile (triton 3.6, sm_90; the generated code converts four constants at once).
 """
 
 from typing import Any
@@ -26,7 +29,7 @@ def reference(x: Tensor, amax: Tensor, element: torch.dtype, pow2: bool) -> tupl
     return fp8.pad_columns(fp8.cast(x, scale, element).t(), rows), fp8.decode_scale(scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def kernel(
     x_ptr,
     amax_ptr,
