@@ -101,7 +101,8 @@ def statement(node: fx.Node, indent: str = "") -> str:
     if _unpacks(node):
         items = {u.args[1]: u for u in node.users}
         made = node.meta["val"]
-        name = ", ".join(items[i].name if i in items else "_" for i in range(len(made)))
+        names = [items[i].name if i in items else "_" for i in range(len(made))]
+        name = f"({names[0]},)" if len(names) == 1 else ", ".join(names)
         return line(f"{indent}{name} = {call(node)}", ", ".join(map(describe, made)))
     return line(f"{indent}{node.name} = {call(node)}", describe(node.meta.get("val")))
 
