@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lpcompile import ops
+from lpcompile.ops.define import same_bits
 
 NAMES = ("outputs", "reference", "kernel", "launch", "op", "samples", "agrees")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -64,3 +65,13 @@ def test_an_op_is_well_formed(module, device):
         # test_schema multiplies its inputs, which FP8 cannot (torch 2.11 to 2.13).
         tests = ["test_schema"] * (not narrow) + ["test_faketensor", "test_aot_dispatch_dynamic"]
         torch.library.opcheck(module.op, args, test_utils=tests)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("module", ops.ALL, ids=short)
+def test_an_op_leaves_its_inputs_alone(module, device):
+    for args in module.samples(device)[:4]:
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        before = [a.clone() for a in tensors]
+        module.op(*args)
+        assert same_bits(tensors, before) == ""
