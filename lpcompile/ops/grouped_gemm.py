@@ -21,6 +21,8 @@ def contract(
     b_ptr,  # [1, BN]
     a_scale_ptr,  # [BM]: each row's first scale
     b_scale_ptr,  # [BN], or one for all
+    a_scale_stride,  # from one block of the contraction to the next
+    b_scale_stride,
     begin,  # multiples of 16
     end,
     BLOCKED: tl.constexpr,
@@ -43,8 +45,9 @@ def contract(
             a = tl.load(a_ptr + k[None, :], mask=(k < end)[None, :], other=0.0)
             b = tl.load(b_ptr + k[:, None], mask=(k < end)[:, None], other=0.0)
         if BLOCKED:
-            a_scale = tl.load(a_scale_ptr + begin // BK + i)[:, None]
-            b_scale = tl.load(b_scale_ptr + begin // BK + i)[None, :]
+            at = (begin // BK + i).to(tl.int64)
+            a_scale = tl.load(a_scale_ptr + at * a_scale_stride)[:, None]
+            b_scale = tl.load(b_scale_ptr + at * b_scale_stride)[None, :]
             acc += tl.dot(a, b) * (a_scale * b_scale)
         elif FAST:
             acc = tl.dot(a, b, acc)
@@ -96,8 +99,10 @@ def kernel(
     b_stride,
     a_scale_stride_e,
     a_scale_stride,
+    a_scale_stride_k,
     b_scale_stride_e,
     b_scale_stride,
+    b_scale_stride_k,
     ALONG_K: tl.constexpr,  # groups lie along the contraction: wgrad
     SQUARE: tl.constexpr,  # of b's scales: a tile's rows share one
     BLOCKED: tl.constexpr,
@@ -121,7 +126,8 @@ def kernel(
         a_rows = a_ptr + (row * a_stride)[:, None]
         b_rows = b_ptr + (group * b_stride_e + column * b_stride)[None, :]
         acc = contract(
-            a_rows, b_rows, a_scales, b_scales, begin, end, BLOCKED, FAST, WHOLE, B, B, B
+            a_rows, b_rows, a_scales, b_scales, a_scale_stride_k, b_scale_stride_k,
+            begin, end, BLOCKED, FAST, WHOLE, B, B, B,
         )  # fmt: skip
         if not BLOCKED:
             acc = acc * tl.load(a_scales)[:, None] * tl.load(b_scales)[None, :]
@@ -165,12 +171,13 @@ def fill(
     )  # fmt: skip
 
 
-def _strides(scales: Tensor, values: Tensor, along_k: bool) -> tuple[int, int]:
-    """From one group's scales to the next's, and from one row's to the next's."""
-    if values.dim() == 3:
-        return scales.stride(0), scales.stride(1) if scales.dim() > 1 else 0
-    if scales.dim() == 2:
-        return 0, scales.stride(0)
+def _strides(scales: Tensor, values: Tensor, along_k: bool) -> tuple[int, int, int]:
+    """From one group's scales to the next's, from one row's, and from one block's along K."""
+    per_group = values.dim() == 3
+    if scales.dim() == 2 + per_group:
+        return scales.stride(0) if per_group else 0, scales.stride(-2), scales.stride(-1)
+    if per_group:
+        return scales.stride(0), scales.stride(1) if scales.dim() == 2 else 0, 0
     if scales.numel() == 1:
-        return 0, 0
-    return values.shape[0] if along_k else 0, 1
+        return 0, 0, 0
+    return values.shape[0] if along_k else 0, 1, 0

@@ -27,7 +27,7 @@ def outputs(x: Tensor, offs: Tensor, element: torch.dtype, pow2: bool) -> Made:
     C, columns = x.shape[1], groups.padded_length(x.shape[0], offs.shape[0], BLOCK)
     return (
         x.new_empty((C, columns), dtype=element),
-        x.new_empty((C, columns // BLOCK), dtype=torch.float32),
+        x.new_empty((columns // BLOCK, C), dtype=torch.float32).t(),
         torch.empty_like(offs),
     )
 
@@ -35,7 +35,7 @@ def outputs(x: Tensor, offs: Tensor, element: torch.dtype, pow2: bool) -> Made:
 def reference(x: Tensor, offs: Tensor, element: torch.dtype, pow2: bool) -> Made:
     C, columns = x.shape[1], groups.padded_length(x.shape[0], offs.shape[0], BLOCK)
     values = x.new_zeros((C, columns), dtype=element)
-    zeros = x.new_zeros((C, columns // BLOCK), dtype=torch.float32)
+    zeros = x.new_zeros((columns // BLOCK, C), dtype=torch.float32).t()
     scales = fp8.decode_scale(fp8.encode_scale(zeros, element, pow2))
     padded = groups.padded_ends(offs, BLOCK)
     for rows, to in zip(groups.slices(offs), groups.slices(padded), strict=True):
@@ -85,7 +85,7 @@ def kernel(
             values = fp8.narrow(scaled, LIMIT, ELEMENT)
             out = c[:, None].to(tl.int64) * TP + to[None, :]
             tl.store(values_ptr + out, tl.trans(values), mask=(c < C)[:, None])
-            at = c.to(tl.int64) * (TP // BLOCK) + block
+            at = block.to(tl.int64) * C + c
             tl.store(scales_ptr + at, fp8.decode(scale), mask=c < C)
 
 
