@@ -33,7 +33,7 @@ def _by_token(x: Tensor, operand: Operand, offs: Tensor) -> Quantized:
     return quantize(x, operand)  # no scale is shared between rows
 
 
-# What quantizes tokens. Blocks of 128x128 are missing, since they would share scales between groups.
+# What quantizes tokens. Blocks of 128x128 would share scales between groups.
 TOKENS: dict[Kind, Callable[[Tensor, Operand, Tensor], Quantized]] = {
     (scaling, block): quantizer
     for scaling in ("fp32", "pow2")

@@ -73,11 +73,16 @@ op = define("amax_column(Tensor x) -> Tensor", outputs=outputs, reference=refere
 agrees = same_bits
 
 
-def samples(device: str) -> list[tuple[Any, ...]]:
+def matrices(device: str) -> list[Tensor]:
+    """x[M, C] of every kind, for the samples of quantizers too."""
     x = torch.randn(64, 96, device=device, dtype=torch.bfloat16)
     bad = x.clone()
     bad[3, 5], bad[4, 5], bad[60, 1] = torch.inf, torch.nan, -torch.inf
     odd = torch.randn(777, 131, device=device, dtype=torch.bfloat16)
+    return [x, x.t(), odd, odd[1:, 1:], x[:0], x[:1], x * 0, bad]
+
+
+def samples(device: str) -> list[tuple[Any, ...]]:
+    x, *_, bad = inputs = matrices(device)
     experts = torch.randn(3, 141, 83, device=device, dtype=torch.bfloat16)
-    inputs = [x, x.t(), odd, odd[1:, 1:], x[:0], x[:1], x * 0, bad]
     return [(x,) for x in (*inputs, experts, experts.mT, experts[:, :0], torch.stack([x, bad]))]

@@ -45,7 +45,7 @@ def contract(
             a = tl.load(a_ptr + k[None, :], mask=(k < end)[None, :], other=0.0)
             b = tl.load(b_ptr + k[:, None], mask=(k < end)[:, None], other=0.0)
         if BLOCKED:
-            at = (begin // BK + i).to(tl.int64)
+            at = begin // BK + i
             a_scale = tl.load(a_scale_ptr + at * a_scale_stride)[:, None]
             b_scale = tl.load(b_scale_ptr + at * b_scale_stride)[None, :]
             acc += tl.dot(a, b) * (a_scale * b_scale)
