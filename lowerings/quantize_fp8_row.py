@@ -27,11 +27,19 @@ _fallback = fallback_handler(OP, add_to_fallback_set=False)
 
 @register_lowering(OP, type_promotion_kind=None)
 def lower(x: Any, element: torch.dtype, pow2: bool) -> Any:
-    """values[R, C], scales[R] of x[R, C]; the op itself where C needs padding or is symbolic."""
-    rows, columns = x.get_size()
+    """values[R, C], scales[R] of x[R, C]; the op itself where C needs padding or is symbolic.
+
+    And of x[E, R, C]: the weights of experts have no producer to fuse with.
+    """
+    *rest, columns = x.get_size()
     sizes = V.graph.sizevars
-    if not sizes.statically_known_multiple_of(columns, ALIGN) or x.get_dtype() != torch.bfloat16:
+    if (
+        len(rest) != 1
+        or not sizes.statically_known_multiple_of(columns, ALIGN)
+        or x.get_dtype() != torch.bfloat16
+    ):
         return _fallback(x, element, pow2)
+    (rows,) = rest
     # In fp32: Inductor's C++ for a bf16 amax declares one variable twice (torch 2.13, CPU).
     magnitude = lowerings[aten.abs.default](to_dtype(x, torch.float32))
     amax = lowerings[aten.amax.default](magnitude, [1], True)

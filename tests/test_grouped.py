@@ -160,7 +160,7 @@ def test_blocks_of_tokens_that_would_straddle_groups_are_refused():
     square = Operand("fp8_pow2", (128, 128))
     gemm = Gemm(square, square)
     x, w, offs, _ = problem("cpu")
-    with pytest.raises(RecipeError, match=r"tokens .* cannot be fp8_pow2 in blocks of \(128, 128\)"):
+    with pytest.raises(RecipeError, match=r"tokens .* cannot be .* \(128, 128\)"):
         lpcompile.grouped_mm(x, w.mT, offs, recipe=Recipe(gemm, gemm, gemm))
 
 

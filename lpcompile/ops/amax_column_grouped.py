@@ -1,7 +1,7 @@
 """The largest magnitude of every column of every group: x[T, C] bf16, offs[E] -> amax[E, C] fp32.
 
 Group e is x[offs[e - 1] : offs[e]]; rows past offs[-1] count nowhere, an empty group's amax is 0.
-NaN above Inf above all, as in ``amax_tensor``.
+NaN above Inf above all, as in ``amax_column``.
 """
 
 from typing import Any
@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import amax_column, groups
+from lpcompile.ops import amax_column, fp8, groups
 from lpcompile.ops.define import define, same_bits
-from lpcompile.ops.fp8 import abs_bits, amax_of_bits
 
 
 def outputs(x: Tensor, offs: Tensor) -> Tensor:
@@ -44,25 +43,26 @@ def kernel(
         c = tl.program_id(0) * BC + tl.arange(0, BC)
         begin = first + index * ROWS
         end = tl.minimum(begin + ROWS, last)
-        best = tl.zeros([BT, BC], tl.int32)
+        best = tl.zeros([BT, BC], tl.float32)
         for start in range(begin, end, BT):
             t = start + tl.arange(0, BT)
             at = t[:, None].to(tl.int64) * stride_t + c[None, :].to(tl.int64) * stride_c
             live = (t < end)[:, None] & (c < C)[None, :]
-            best = tl.maximum(best, abs_bits(tl.load(x_ptr + at, mask=live, other=0.0)))
-        amax = amax_of_bits(tl.max(best, axis=0)).to(tl.int32, bitcast=True)
-        tl.atomic_max(amax_ptr + group.to(tl.int64) * C + c, amax, mask=c < C, sem="relaxed")
+            x = tl.load(x_ptr + at, mask=live, other=0.0)
+            best = fp8.larger(best, tl.abs(x.to(tl.float32)))
+        bits = fp8.bits_of_amax(tl.reduce(best, 0, fp8.larger))
+        tl.atomic_max(amax_ptr + group.to(tl.int64) * C + c, bits, mask=c < C, sem="relaxed")
 
 
 def launch(x: Tensor, offs: Tensor) -> Tensor:
     (T, C), E = x.shape, offs.shape[0]
     amax = torch.zeros((E, C), dtype=torch.float32, device=x.device)
     if x.numel():
-        rows, BC = 512, 128
+        rows, BC = 256, 256
         grid = (triton.cdiv(C, BC), triton.cdiv(T, rows) + E)
         kernel[grid](
             x, offs, amax.view(torch.int32), E, C, *x.stride(),
-            rows, 32, BC, triton.next_power_of_2(E), num_warps=8,
+            rows, 16, BC, triton.next_power_of_2(E), num_warps=8,
         )  # fmt: skip
     return amax
 

@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import amax_column_grouped, amax_tensor, groups
+from lpcompile.ops import amax_column_grouped, amax_tensor, fp8, groups
 from lpcompile.ops.define import define, same_bits
-from lpcompile.ops.fp8 import abs_bits, amax_of_bits
 
 samples = amax_column_grouped.samples
 agrees = same_bits
@@ -41,21 +40,22 @@ def kernel(
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     begin = tl.program_id(1) * ROWS
     end = tl.minimum(begin + ROWS, tl.load(offs_ptr + E - 1))
-    best = tl.zeros([BT, BC], tl.int32)
+    best = tl.zeros([BT, BC], tl.float32)
     for start in range(begin, end, BT):
         t = start + tl.arange(0, BT)
         at = t[:, None].to(tl.int64) * stride_t + c[None, :].to(tl.int64) * stride_c
         live = (t < end)[:, None] & (c < C)[None, :]
-        best = tl.maximum(best, abs_bits(tl.load(x_ptr + at, mask=live, other=0.0)))
-    amax = amax_of_bits(tl.max(tl.max(best, axis=0), axis=0))
-    tl.atomic_max(amax_ptr, amax.to(tl.int32, bitcast=True), sem="relaxed")
+        x = tl.load(x_ptr + at, mask=live, other=0.0)
+        best = fp8.larger(best, tl.abs(x.to(tl.float32)))
+    amax = tl.reduce(tl.reduce(best, 0, fp8.larger), 0, fp8.larger)
+    tl.atomic_max(amax_ptr, fp8.bits_of_amax(amax), sem="relaxed")
 
 
 def launch(x: Tensor, offs: Tensor) -> Tensor:
     (T, C), E = x.shape, offs.shape[0]
     amax = torch.zeros((1,), dtype=torch.float32, device=x.device)
     if x.numel():
-        rows, BC = 128, 256
+        rows, BC = 256, 256
         grid = (triton.cdiv(C, BC), triton.cdiv(T, rows))
         bits = amax.view(torch.int32)
         kernel[grid](x, offs, bits, E, C, *x.stride(), rows, 16, BC, num_warps=8)

@@ -82,7 +82,7 @@ def kernel(
             amax = fp8.amax_of_bits(tl.max(fp8.abs_bits(x), axis=0))  # [BC]
             scale = fp8.encode(amax, LIMIT, POW2)
             scaled = tl.where(live, x.to(tl.float32) * scale[None, :], 0.0)
-            values = fp8.narrow(scaled, LIMIT, ELEMENT)
+            values = fp8.narrow(scaled, ELEMENT)
             out = c[:, None].to(tl.int64) * TP + to[None, :]
             tl.store(values_ptr + out, tl.trans(values), mask=(c < C)[:, None])
             at = block.to(tl.int64) * C + c

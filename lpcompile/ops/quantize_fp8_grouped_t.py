@@ -86,7 +86,7 @@ def kernel(
         source = t[:, None].to(tl.int64) * stride_t + c[None, :].to(tl.int64) * stride_c
         x = tl.load(x_ptr + source, mask=live, other=0.0).to(tl.float32)
         scaled = tl.where(live, x * fp8.encode(amax, LIMIT, POW2)[None, :], 0.0)
-        values = tl.trans(fp8.narrow(scaled, LIMIT, ELEMENT))  # [BC, BT]
+        values = tl.trans(fp8.narrow(scaled, ELEMENT))  # [BC, BT]
         out = c[:, None].to(tl.int64) * TP + to[None, :]
         tl.store(values_ptr + out, values, mask=(c < C)[:, None] & (to < stop)[None, :])
         if tile < (E if AMAX_STRIDE else 1):  # tile e writes the scales of group e, empty or not
