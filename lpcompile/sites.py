@@ -86,7 +86,6 @@ def _forward(node: fx.Node, flow: Flow) -> Site:
     r, c, s = _sizes(lhs, rhs)
     site = Site(node, "fprop", lhs, rhs, module_path(node), m=r, n=s, k=c)
     of_weights = lhs in flow.weights, rhs in flow.weights
-    _group(site)
     if of_weights == (True, True):
         site.is_linear, site.obstacle = False, "a product of two weights"
     elif of_weights == (False, False):
@@ -97,6 +96,8 @@ def _forward(node: fx.Node, flow: Flow) -> Site:
         site.lhs_is_first, site.weight, site.m, site.n = False, lhs, s, r
     else:
         site.weight = rhs
+    if site.is_linear:
+        _group(site)
     if site.grouping == "batch" and site.m is not None:
         site.m *= site.num_groups
     site.obstacle = site.obstacle or _form(node) or _weight_form(site)
