@@ -209,6 +209,10 @@ def _form(node: fx.Node) -> str:
 
 def _weight_form(site: Site) -> str:
     """Why a batch is no group of experts, or nothing."""
-    if site.grouping == "batch" and site.weight is not None and value(site.weight).stride(0) == 0:
+    if site.grouping != "batch" or site.weight is None:
+        return ""
+    if base(site.weight).target in GATHERS:
+        return GATHERED
+    if value(site.weight).stride(0) == 0:
         return "a batch that shares one weight: F.linear of the batch would be one GEMM"
     return ""
