@@ -7,6 +7,7 @@ from lpcompile.explain import explain
 from lpcompile.formats import FORMATS, Format
 from lpcompile.functional import linear
 from lpcompile.gemm import Quantized
+from lpcompile.grouped import grouped_mm
 from lpcompile.options import Options, Rule, set_defaults
 from lpcompile.quantized import dequantize, quantize
 from lpcompile.recipes import RECIPES, Gemm, Operand, Recipe
@@ -30,6 +31,7 @@ __all__ = [
     "dequantize",
     "dump",
     "explain",
+    "grouped_mm",
     "linear",
     "lowprec",
     "quantize",

@@ -1,8 +1,8 @@
 """A low-precision GEMM, spelled once: passes trace it, the eager functions and tests call it.
 
 Nothing here looks at a shape, so that it can be traced with fx proxies: every shape is the ops'
-business. Operands are 2-d, and ``transpose`` says that the operand is x.T, so that its scales run
-along the rows of x.
+business. Operands are matrices, or stacks of them (the weights of experts), and ``transpose`` says
+that the operand is x.T, so that its scales run along the rows of x.
 """
 
 from collections.abc import Callable
@@ -123,7 +123,8 @@ def quantize(
     seed: Tensor | None = None,
     draw: int = 0,
 ) -> Quantized:
-    """Narrow x[R, C], or x.T, as ``operand`` says, with scales along what will be contracted.
+    """Narrow x[R, C], or x.T, as ``operand`` says, with scales along what will be contracted. Of
+    x[E, R, C], every matrix alone.
 
     tensor_amax: fp32 [1], instead of the amax of x (after a Hadamard transform), for formats with
     a tensor scale. seed: int64 [1] for stochastic rounding, by default a new one; ``draw`` tells

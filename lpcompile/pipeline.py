@@ -1,6 +1,6 @@
 """The passes of one compiled graph in order, each named, counted, checked and dumped.
 
-    joint graph      find the GEMMs, choose their recipes, rewrite linears; in inference, merge
+    joint graph      find the GEMMs, choose their recipes, rewrite them; in inference, merge
     after the cut    what is chosen when it is known what runs in one graph (post-grad)
 
 On a hit of Inductor's cache no pass runs, so nothing may rely on its having run.
@@ -22,12 +22,12 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 
 import lpcompile
-from lpcompile import saved, structure, verify
+from lpcompile import placement, saved, structure, verify
 from lpcompile.cost import DEVICES
 from lpcompile.dumps import Dump
 from lpcompile.graph import Flow, Leaves, hint, module_path
 from lpcompile.options import Options
-from lpcompile.passes import deduplicate, fuse, linear
+from lpcompile.passes import deduplicate, fuse, grouped_mm, linear
 from lpcompile.recipes import get_recipe
 from lpcompile.report import Row, SavedBytes
 from lpcompile.select import Choice, Selection, annotated, annotation
@@ -100,8 +100,10 @@ class JointPass(CustomGraphPass):
         choices = _choose(graph, sites, compile)
         rows = {site.node.name: _row(site, choice) for site, choice in choices}
         compile.rows += rows.values()
+        late = placement.late([site for site, choice in choices if choice.gemm], flow)
         steps: list[tuple[str, Callable[[], int]]] = [
-            ("linear", partial(linear.rewrite, choices, flow)),
+            ("linear", partial(linear.rewrite, choices, late)),
+            ("grouped_mm", partial(grouped_mm.rewrite, choices, late)),
         ]
         if not flow.gradients:
             steps.append(("deduplicate", partial(deduplicate.run, graph)))

@@ -11,7 +11,7 @@ from math import ceil
 import torch
 from torch import fx
 
-from lpcompile import cost
+from lpcompile import cost, gemm_grouped
 from lpcompile.errors import RecipeError, StrictError
 from lpcompile.graph import peel, value
 from lpcompile.options import Options, Rule
@@ -42,7 +42,7 @@ class Selection:
     def choose(self, site: Site) -> Choice:
         """What this GEMM becomes. StrictError where ``strict`` asks for it."""
         recipe, label, named, why = self._recipe_of(site)
-        if site.num_groups > 1 and recipe.grouped is not None:
+        if site.grouping and recipe.grouped is not None:
             recipe = recipe.grouped
         if recipe.is_bf16:
             return Choice("bf16", None, why)
@@ -53,6 +53,9 @@ class Selection:
         if gemm is None:
             return Choice("bf16", None, f"{label} leaves {site.product} in bf16")
         obstacle = site.obstacle or _dtype_obstacle(site) or _size_obstacle(site)
+        if site.grouping:
+            along_tokens = site.grouping == "ragged" and site.product == "wgrad"
+            obstacle = obstacle or gemm_grouped.obstacle(gemm, along_tokens=along_tokens)
         if obstacle:
             if self.options.strict and site.is_linear:
                 raise StrictError(

@@ -8,7 +8,7 @@ is a permute" would mislabel a transposed output.
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
@@ -19,7 +19,9 @@ MATMULS: dict[Any, int] = {
     aten.mm.default: 0,
     aten.addmm.default: 1,
     aten.bmm.default: 0,
+    aten._grouped_mm.default: 0,
 }  # first operand
+GATHERS = {aten.index.Tensor, aten.index_select.default, aten.gather.default}
 
 
 @dataclass
@@ -29,7 +31,10 @@ class Site:
     lhs_is_first: the operand that the recipe's Gemm calls lhs (X, dY, dY) is this one's lhs; not
         so in a GEMM that computes a transposed product.
     weight: the operand that is the weight, in fprop and dgrad.
-    m, n, k: of the linear, the same in its three products; None where unbacked.
+    m, n, k: of the linear, the same in its three products; None where unbacked. m counts the tokens
+        of all groups.
+    grouping: "ragged" where the rows of group after group, as ``offs`` says, have a weight each;
+        "batch" where matrices of as many rows have; empty for one weight.
     obstacle: why it is no GEMM of a linear, or cannot be narrowed; empty otherwise.
     """
 
@@ -44,13 +49,15 @@ class Site:
     lhs_is_first: bool = True
     weight: fx.Node | None = None
     forward: "Site | None" = None
+    grouping: Literal["", "ragged", "batch"] = ""
     num_groups: int = 1
+    offs: fx.Node | None = None
     is_linear: bool = True
     obstacle: str = ""
 
 
 def find(graph: fx.Graph, flow: Flow) -> list[Site]:
-    """Every mm, addmm and bmm of a joint (or inference) graph, in graph order."""
+    """Every mm, addmm, bmm and _grouped_mm of a joint (or inference) graph, in graph order."""
     nodes = [n for n in graph.nodes if n.op == "call_function" and n.target in MATMULS]
     forward = [_forward(n, flow) for n in nodes if n not in flow.gradients]
     partners: dict[Any, list[Site]] = defaultdict(list)
@@ -82,13 +89,45 @@ def _forward(node: fx.Node, flow: Flow) -> Site:
     if of_weights == (True, True):
         site.is_linear, site.obstacle = False, "a product of two weights"
     elif of_weights == (False, False):
-        site.is_linear, site.obstacle = False, "a product of two activations"
+        gathered = any(_is_gathered(x, flow) for x in (lhs, rhs))
+        site.is_linear = False
+        site.obstacle = GATHERED if gathered else ACTIVATIONS
     elif of_weights[0]:  # a transposed product: W[N, K] @ X.T
         site.lhs_is_first, site.weight, site.m, site.n = False, lhs, s, r
     else:
         site.weight = rhs
-    site.obstacle = site.obstacle or _form(node)
+    if site.is_linear:
+        _group(site)
+    if site.grouping == "batch" and site.m is not None:
+        site.m *= site.num_groups
+    site.obstacle = site.obstacle or _form(node) or _weight_form(site)
     return site
+
+
+ACTIVATIONS = "a product of two activations"
+GATHERED = (
+    "it gathers a weight matrix for each token: sort tokens by expert and use grouped_mm "
+    '(in Hugging Face transformers, experts_implementation="grouped_mm")'
+)
+
+
+def _is_gathered(node: fx.Node, flow: Flow) -> bool:
+    """Whether an operand is a weight's matrices picked by an index."""
+    node = base(node)
+    return node.target in GATHERS and node.args[0] in flow.weights
+
+
+def _group(site: Site) -> None:
+    """What a product of several matrices says of its groups."""
+    node = site.node
+    (a, b), args = operands(node), node.args
+    of_batch = len(shape(a)) == len(shape(b)) == 3
+    is_grouped = node.target is aten._grouped_mm.default
+    if of_batch and (is_grouped or hint(shape(a)[0]) != 1):
+        site.grouping, site.num_groups = "batch", hint(shape(a)[0]) or 1
+    elif is_grouped:
+        site.offs = args[2] if len(args) > 2 else node.kwargs.get("offs")  # type: ignore[assignment]
+        site.grouping, site.num_groups = "ragged", hint(shape(site.offs)[0]) or 1  # type: ignore[arg-type]
 
 
 def _backward(
@@ -104,15 +143,17 @@ def _backward(
     other = rhs if gradients[0] else lhs
     partner = _partner(node, other, partners, forward)
     if partner is None:
-        site.is_linear, site.obstacle = False, "a product of two activations"
+        same = next((s for s in forward if _is_of(s.node, node)), None)
+        site.is_linear, site.obstacle = False, same.obstacle if same else ACTIVATIONS
         return site
     site.forward, site.module = partner, partner.module or site.module
     site.m, site.n, site.k = partner.m, partner.n, partner.k
+    _group(site)
     if _same(other, partner.weight):
         site.weight = other
     else:
         site.product = "wgrad"
-    site.obstacle = _form(node)
+    site.obstacle = _form(node) or _weight_form(partner)
     return site
 
 
@@ -139,17 +180,39 @@ def _partner(
     )
 
 
+def _is_of(forward: fx.Node, backward: fx.Node) -> bool:
+    seq_nr = forward.meta.get("seq_nr")
+    return seq_nr is not None and seq_nr == backward.meta.get("seq_nr")
+
+
 def _same(a: fx.Node, b: fx.Node | None) -> bool:
     return b is not None and base(a) is base(b)
 
 
 def _form(node: fx.Node) -> str:
     """Why the call itself cannot be narrowed, or nothing."""
-    if node.target is aten.bmm.default and hint(shape(node)[0]) != 1:
-        return "a batched product: only a batch of 1 is a linear"
+    if node.target is aten._grouped_mm.default:
+        more = ("bias", "out_dtype")
+        given = {**dict(zip(more, node.args[3:], strict=False)), **node.kwargs}
+        asked = [name for name in more if given.get(name) is not None]
+        if asked:
+            return f"_grouped_mm with {' and '.join(asked)}"
+        if len(shape(operands(node)[0])) > len(shape(operands(node)[1])):
+            return "_grouped_mm whose groups lie along columns"
     scaled = {k: v for k, v in node.kwargs.items() if k in ("alpha", "beta") and v != 1}
     if scaled:
         return f"addmm with {', '.join(f'{k}={v}' for k, v in scaled.items())}"
     if not value(node).dtype.is_floating_point:
         return f"of {value(node).dtype}"
+    return ""
+
+
+def _weight_form(site: Site) -> str:
+    """Why a batch is no group of experts, or nothing."""
+    if site.grouping != "batch" or site.weight is None:
+        return ""
+    if base(site.weight).target in GATHERS:
+        return GATHERED
+    if value(site.weight).stride(0) == 0:
+        return "a batch that shares one weight: F.linear of the batch would be one GEMM"
     return ""

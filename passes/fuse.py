@@ -100,6 +100,8 @@ def _requests(graph: fx.Graph) -> dict[fx.Node, list[Request]]:
             continue
         kind, transposed, source = QUANTIZES[node.target]
         x, amax = node.args[0], node.args[1] if source else None
+        if len(shape(x)) != 2:
+            continue  # the weights of experts
         whole = isinstance(shape(x)[1], int) and is_contiguous_or_false(value(x))
         if whole and value(x).dtype is torch.bfloat16:
             found[x].append(Request(node, x, kind, transposed, amax))

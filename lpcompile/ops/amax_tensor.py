@@ -1,4 +1,4 @@
-"""The largest magnitude of a tensor: x[...] bf16 -> amax[1] fp32.
+"""The largest magnitude of a matrix: x[R, C] bf16 -> amax[1] fp32; x[E, R, C] -> amax[E].
 
 NaN counts above Inf and Inf above all numbers, so that a non-finite element is never hidden: the
 kernel takes an integer maximum over the absolute bits, which atomics can do too.
@@ -12,42 +12,48 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops.define import define, same_bits
-from lpcompile.ops.fp8 import abs_bits, amax_of_bits, canonical
+from lpcompile.ops.fp8 import abs_bits, amax_of_bits, canonical, stack
 
 
 def outputs(x: Tensor) -> Tensor:
-    return x.new_empty((1,), dtype=torch.float32)
+    return x.new_empty(x.shape[:-2] or (1,), dtype=torch.float32)
 
 
 def reference(x: Tensor) -> Tensor:
+    x = stack(x)
     if not x.numel():
-        return x.new_zeros((1,), dtype=torch.float32)
-    return canonical(x.abs().amax().float()).view(1)
+        return x.new_zeros(x.shape[:1], dtype=torch.float32)
+    return canonical(x.abs().amax((1, 2)).float())
 
 
 @triton.jit
 def kernel(x_ptr, amax_ptr, n, PER_PROGRAM: tl.constexpr, BLOCK: tl.constexpr):
+    e = tl.program_id(1)
+    x_ptr += e.to(tl.int64) * n
     start = tl.program_id(0).to(tl.int64) * PER_PROGRAM
     best = tl.zeros([BLOCK], tl.int32)
     for i in range(0, PER_PROGRAM, BLOCK):
         at = start + i + tl.arange(0, BLOCK)
         best = tl.maximum(best, abs_bits(tl.load(x_ptr + at, mask=at < n, other=0.0)))
     amax = amax_of_bits(tl.max(best, axis=0))
-    tl.atomic_max(amax_ptr, amax.to(tl.int32, bitcast=True), sem="relaxed")
+    tl.atomic_max(amax_ptr + e, amax.to(tl.int32, bitcast=True), sem="relaxed")
 
 
 def launch(x: Tensor) -> Tensor:
-    amax = torch.zeros((1,), dtype=torch.float32, device=x.device)
-    if x.numel():
+    x = stack(x)
+    E, n = x.shape[0], x[0].numel()
+    amax = torch.zeros((E,), dtype=torch.float32, device=x.device)
+    if n:
         dense = x if _is_dense(x) else x.contiguous()
-        grid = (triton.cdiv(x.numel(), 32768),)
-        kernel[grid](dense, amax.view(torch.int32), x.numel(), 32768, 4096, num_warps=8)
+        grid = (triton.cdiv(n, 32768), E)
+        kernel[grid](dense, amax.view(torch.int32), n, 32768, 4096, num_warps=8)
     return amax
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether the elements of x fill one stretch of memory, in whatever order."""
-    return torch.ops.aten.is_non_overlapping_and_dense(x)
+    """Whether each matrix of x[E, R, C] fills one stretch of memory, in whatever order."""
+    stretches = x.stride(0) == x.shape[1] * x.shape[2] or x.shape[0] == 1
+    return stretches and torch.ops.aten.is_non_overlapping_and_dense(x)
 
 
 op = define("amax_tensor(Tensor x) -> Tensor", outputs=outputs, reference=reference, launch=launch)
@@ -61,4 +67,6 @@ def samples(device: str) -> list[tuple[Any, ...]]:
     worse = bad.clone()
     worse[60, 1] = torch.nan
     large = torch.randn(300, 513, device=device, dtype=torch.bfloat16)
-    return [(x,), (x.t(),), (large[:, 1:],), (x[:0],), (x * 0,), (bad,), (worse,), (large * 1e-38,)]
+    experts = torch.stack([x, x * 3, bad, worse * 0, x.flip(0)])  # [E, R, C]
+    inputs = [x, x.t(), large[:, 1:], x[:0], x * 0, bad, worse, large * 1e-38]
+    return [(x,) for x in (*inputs, experts, experts.mT, experts[::2], experts[:, :0])]

@@ -57,8 +57,8 @@ def same_bits(made: Any, expected: Any) -> str:
     for i, (a, b) in enumerate(zip(made, expected, strict=True)):
         if a.dtype != b.dtype or a.shape != b.shape:
             return f"output {i}: {a.dtype}{list(a.shape)} is not {b.dtype}{list(b.shape)}"
-        x = a.flatten().view(torch.uint8)
-        y = b.flatten().view(torch.uint8)
+        x = a.flatten().contiguous().view(torch.uint8)
+        y = b.flatten().contiguous().view(torch.uint8)
         if not torch.equal(x, y):
             at = int((x != y).nonzero()[0])
             size = a.element_size()

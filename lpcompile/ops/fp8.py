@@ -44,12 +44,17 @@ def cast(x: Tensor, scale: Tensor, element: torch.dtype) -> Tensor:
 
 
 def pad_columns(values: Tensor, columns: int) -> Tensor:
-    """values[R, C] in a zeroed [R, columns], of the same bytes where the two are equal."""
-    if values.shape[1] == columns:
+    """values[..., C] in a zeroed [..., columns], of the same bytes where the two are equal."""
+    if values.shape[-1] == columns:
         return values.clone(memory_format=torch.contiguous_format)
-    padded = values.new_zeros((values.shape[0], columns))
-    padded[:, : values.shape[1]] = values
+    padded = values.new_zeros((*values.shape[:-1], columns))
+    padded[..., : values.shape[-1]] = values
     return padded
+
+
+def stack(x: Tensor) -> Tensor:
+    """x[E, R, C] as it is, x[R, C] as a stack of one: what the kernels read."""
+    return x if x.dim() == 3 else x[None]
 
 
 def runs_triton(x: Tensor) -> bool:

@@ -16,18 +16,18 @@ agrees = same_bits
 
 
 def outputs(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
-    return quantize_fp8_block.outputs(x.t(), element, pow2)
+    return quantize_fp8_block.outputs(x.mT, element, pow2)
 
 
 def reference(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
-    return quantize_fp8_block.reference(x.t(), element, pow2)
+    return quantize_fp8_block.reference(x.mT, element, pow2)
 
 
 def launch(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
     if not fp8.runs_triton(x) or not x.numel():
         return reference(x, element, pow2)
     made = outputs(x, element, pow2)
-    return quantize_fp8_block.fill(x.t(), made, element, pow2, square=False)
+    return quantize_fp8_block.fill(x.mT, made, element, pow2, square=False)
 
 
 op = define(

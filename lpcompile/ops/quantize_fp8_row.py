@@ -1,5 +1,6 @@
 """Quantize to FP8 with a scale per row: x[R, C] bf16 -> values[R, Cp] e4m3 or e5m2, scales[R].
 
+Of x[E, R, C], an expert weight, values[E, R, Cp] and scales[E, R].
 Cp is C rounded up to 16, and the padding is zero. Arithmetic: ``lpcompile.ops.fp8``. Rows of up to
 32768 elements stay in registers, so that x is read once.
 """
@@ -16,15 +17,16 @@ from lpcompile.ops.define import ALIGN, define, round_up, same_bits
 
 
 def outputs(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
-    values = x.new_empty((x.shape[0], round_up(x.shape[1], ALIGN)), dtype=element)
-    return values, x.new_empty((x.shape[0],), dtype=torch.float32)
+    values = x.new_empty((*x.shape[:-1], round_up(x.shape[-1], ALIGN)), dtype=element)
+    return values, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def reference(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
-    amax = x.abs().amax(1).float() if x.shape[1] else x.new_zeros(x.shape[0]).float()
+    amax = x.abs().amax(-1).float() if x.shape[-1] else x.new_zeros(x.shape[:-1]).float()
     scale = fp8.encode_scale(amax, element, pow2)
-    columns = round_up(x.shape[1], ALIGN)
-    return fp8.pad_columns(fp8.cast(x, scale[:, None], element), columns), fp8.decode_scale(scale)
+    columns = round_up(x.shape[-1], ALIGN)
+    values = fp8.cast(x, scale[..., None], element)
+    return fp8.pad_columns(values, columns), fp8.decode_scale(scale)
 
 
 @triton.jit
@@ -35,6 +37,7 @@ def kernel(
     R,
     C,
     CP,
+    stride_e,
     stride_r,
     stride_c,
     LIMIT: tl.constexpr,
@@ -44,6 +47,10 @@ def kernel(
     BC: tl.constexpr,
     ONE_READ: tl.constexpr,
 ):
+    e = tl.program_id(1).to(tl.int64)
+    x_ptr += e * stride_e
+    values_ptr += e * R * CP
+    scales_ptr += e * R
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     at = x_ptr + r[:, None].to(tl.int64) * stride_r
     out = values_ptr + r[:, None].to(tl.int64) * CP
@@ -78,17 +85,18 @@ def launch(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]
     if not fp8.runs_triton(x) or not x.numel():
         return reference(x, element, pow2)
     values, scales = outputs(x, element, pow2)
-    (R, C), CP = x.shape, values.shape[1]
+    experts = fp8.stack(x)
+    (E, R, C), CP = experts.shape, values.shape[-1]
     whole = triton.next_power_of_2(CP)
-    if x.stride(0) == 1 and x.stride(1) != 1:  # a transposed view: many rows, to read along them
+    if x.stride(-2) == 1 and x.stride(-1) != 1:  # a transposed view: many rows, to read along them
         BR, BC, one_read, warps = 64, 64, whole <= 64, 4
     elif whole <= 32768:
         BR, BC, one_read = max(1, 1024 // whole), whole, True
         warps = min(16, max(4, whole // 1024))
     else:
         BR, BC, one_read, warps = 1, 8192, False, 8
-    kernel[(triton.cdiv(R, BR),)](
-        x, values, scales, R, C, CP, *x.stride(),
+    kernel[(triton.cdiv(R, BR), E)](
+        experts, values, scales, R, C, CP, *experts.stride(),
         fp8.MAX[element], pow2, fp8.TRITON[element], BR, BC, one_read, num_warps=warps,
     )  # fmt: skip
     return values, scales
@@ -111,8 +119,9 @@ def samples(device: str) -> list[tuple[Any, ...]]:
     bad = x.clone()
     bad[3, 5], bad[4, 5], bad[60, 1] = torch.inf, torch.nan, -torch.inf
     inputs = [x, x.t(), odd, odd[1:, 1:].t(), wide, x[:0], x[:1], x * 0, x * 1e-38, x * 1e36, bad]
+    experts = torch.randn(3, 41, 83, device=device, dtype=torch.bfloat16)
     return [
         (x, element, pow2)
-        for x in inputs
+        for x in (*inputs, experts, experts.mT, torch.stack([x, bad]))
         for element, pow2 in ((e4m3, False), (e5m2, False), (e4m3, True))
     ]

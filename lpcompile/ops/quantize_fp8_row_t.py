@@ -1,6 +1,7 @@
 """Quantize x.T to FP8 with a scale per row of it: x[M, C] bf16 -> values[C, Mp] e4m3, scales[C].
 
-What wgrad needs of dY and X, and dgrad of W. The amax of each column comes from ``amax_column``.
+What wgrad needs of dY and X, and dgrad of W. Of x[E, M, C], an expert weight, values[E, C, Mp] and
+scales[E, C]. The amax of each column comes from ``amax_column``.
 Mp is M rounded up to 16, and the padding is zero. Arithmetic: ``lpcompile.ops.fp8``.
 
 M is not specialized: for M = 1, which Triton makes a constant, rows of padding were not zero in the
@@ -19,14 +20,15 @@ from lpcompile.ops.define import ALIGN, define, round_up, same_bits
 
 
 def outputs(x: Tensor, amax: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
-    values = x.new_empty((x.shape[1], round_up(x.shape[0], ALIGN)), dtype=element)
-    return values, x.new_empty((x.shape[1],), dtype=torch.float32)
+    rows = round_up(x.shape[-2], ALIGN)
+    values = x.new_empty((*x.shape[:-2], x.shape[-1], rows), dtype=element)
+    return values, x.new_empty((*x.shape[:-2], x.shape[-1]), dtype=torch.float32)
 
 
 def reference(x: Tensor, amax: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
     scale = fp8.encode_scale(amax, element, pow2)
-    rows = round_up(x.shape[0], ALIGN)
-    return fp8.pad_columns(fp8.cast(x, scale, element).t(), rows), fp8.decode_scale(scale)
+    values = fp8.cast(x, scale[..., None, :], element).mT
+    return fp8.pad_columns(values, round_up(x.shape[-2], ALIGN)), fp8.decode_scale(scale)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -38,6 +40,7 @@ def kernel(
     M,
     C,
     MP,
+    stride_e,
     stride_m,
     stride_c,
     AMAX_STRIDE: tl.constexpr,  # 0: one amax for all columns
@@ -47,6 +50,11 @@ def kernel(
     BM: tl.constexpr,
     BC: tl.constexpr,
 ):
+    e = tl.program_id(2).to(tl.int64)
+    x_ptr += e * stride_e
+    values_ptr += e * C * MP
+    amax_ptr += e * (C if AMAX_STRIDE else 1)
+    scales_ptr += e * (C if AMAX_STRIDE else 1)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     amax = tl.load(amax_ptr + c * AMAX_STRIDE, mask=c < C, other=0.0)
@@ -67,10 +75,11 @@ def fill(
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel into ``made``, whose scales say whether there is one amax or one a column."""
     values, scales = made
-    (M, C), MP = x.shape, values.shape[1]
+    x = fp8.stack(x)
+    (E, M, C), MP = x.shape, values.shape[-1]
     BM, BC = 128, 64
-    kernel[(triton.cdiv(C, BC), triton.cdiv(MP, BM))](
-        x, amax, values, scales, M, C, MP, *x.stride(), int(scales.numel() > 1),
+    kernel[(triton.cdiv(C, BC), triton.cdiv(MP, BM), E)](
+        x, amax, values, scales, M, C, MP, *x.stride(), int(scales.numel() == E * C),
         fp8.MAX[element], pow2, fp8.TRITON[element], BM, BC, num_warps=4,
     )  # fmt: skip
     return made

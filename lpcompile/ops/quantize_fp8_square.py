@@ -2,7 +2,8 @@
 
 For weights, so that W and W.T quantize alike. Cp is C rounded up to 16, and the padding is zero;
 last blocks may be short. Rows of the scales lie multiples of 16 bytes apart, as cuBLASLt reads
-them. Arithmetic: ``lpcompile.ops.fp8``; kernel: ``quantize_fp8_block``.
+them. Of x[E, R, C], every expert alone. Arithmetic: ``lpcompile.ops.fp8``; kernel:
+``quantize_fp8_block``.
 """
 
 import torch
@@ -18,11 +19,11 @@ agrees = same_bits
 
 
 def outputs(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
-    R, C = x.shape
-    values = x.new_empty((R, round_up(C, ALIGN)), dtype=element)
+    *experts, R, C = x.shape
+    values = x.new_empty((*experts, R, round_up(C, ALIGN)), dtype=element)
     rows, columns = round_up(R, BLOCK) // BLOCK, round_up(C, BLOCK) // BLOCK
-    scales = x.new_empty((rows, round_up(columns, 4)), dtype=torch.float32)
-    return values, scales[:, :columns]
+    scales = x.new_empty((*experts, rows, round_up(columns, 4)), dtype=torch.float32)
+    return values, scales[..., :columns]
 
 
 def reference(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:

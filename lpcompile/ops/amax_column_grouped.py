@@ -1,0 +1,103 @@
+"""The largest magnitude of every column of every group: x[T, C] bf16, offs[E] -> amax[E, C] fp32.
+
+Group e is x[offs[e - 1] : offs[e]]; rows past offs[-1] count nowhere, an empty group's amax is 0.
+NaN above Inf above all, as in ``amax_column``.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lpcompile.ops import amax_column, fp8, groups
+from lpcompile.ops.define import define, same_bits
+
+
+def outputs(x: Tensor, offs: Tensor) -> Tensor:
+    return x.new_empty((offs.shape[0], x.shape[1]), dtype=torch.float32)
+
+
+def reference(x: Tensor, offs: Tensor) -> Tensor:
+    return torch.stack([amax_column.reference(x[rows]) for rows in groups.slices(offs)])
+
+
+@triton.jit
+def kernel(
+    x_ptr,
+    offs_ptr,
+    amax_ptr,
+    E,
+    C,
+    stride_t,
+    stride_c,
+    ROWS: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    EP: tl.constexpr,
+):
+    starts, ends = groups.load(offs_ptr, E, EP)
+    group, first, last, index, _ = groups.locate(tl.program_id(1), starts, ends, ROWS, 1, EP)
+    if group < E:
+        c = tl.program_id(0) * BC + tl.arange(0, BC)
+        begin = first + index * ROWS
+        end = tl.minimum(begin + ROWS, last)
+        best = tl.zeros([BT, BC], tl.float32)
+        for start in range(begin, end, BT):
+            t = start + tl.arange(0, BT)
+            at = t[:, None].to(tl.int64) * stride_t + c[None, :].to(tl.int64) * stride_c
+            live = (t < end)[:, None] & (c < C)[None, :]
+            x = tl.load(x_ptr + at, mask=live, other=0.0)
+            best = fp8.larger(best, tl.abs(x.to(tl.float32)))
+        bits = fp8.bits_of_amax(tl.reduce(best, 0, fp8.larger))
+        tl.atomic_max(amax_ptr + group.to(tl.int64) * C + c, bits, mask=c < C, sem="relaxed")
+
+
+def launch(x: Tensor, offs: Tensor) -> Tensor:
+    (T, C), E = x.shape, offs.shape[0]
+    amax = torch.zeros((E, C), dtype=torch.float32, device=x.device)
+    if x.numel():
+        rows, BC = 256, 256
+        grid = (triton.cdiv(C, BC), triton.cdiv(T, rows) + E)
+        kernel[grid](
+            x, offs, amax.view(torch.int32), E, C, *x.stride(),
+            rows, 16, BC, triton.next_power_of_2(E), num_warps=8,
+        )  # fmt: skip
+    return amax
+
+
+op = define(
+    "amax_column_grouped(Tensor x, Tensor offs) -> Tensor",
+    outputs=outputs,
+    reference=reference,
+    launch=launch,
+)
+agrees = same_bits
+
+
+def samples(device: str) -> list[tuple[Any, ...]]:
+    """Groups of every kind: unequal, empty, all empty, one, many, with NaN in and past them."""
+
+    def of(*ends: int) -> Tensor:
+        return torch.tensor(ends, device=device, dtype=torch.int32)
+
+    x = torch.randn(333, 131, device=device, dtype=torch.bfloat16)
+    even = torch.randn(256, 64, device=device, dtype=torch.bfloat16)
+    past, bad = x.clone(), x.clone()
+    past[200:] = torch.nan
+    bad[3, 5], bad[150, 5], bad[151, 5], bad[299, 1] = torch.inf, -torch.inf, torch.nan, torch.nan
+    skewed = torch.randn(1400, 40, device=device, dtype=torch.bfloat16)
+    return [
+        (x, of(0, 1, 17, 150, 150, 333)),
+        (even, of(64, 128, 192, 256)),
+        (past, of(16, 16, 200)),
+        (even.t(), of(10, 64)),
+        (bad, of(100, 300, 333)),
+        (x, of(333)),
+        (x, of(0, 0, 0)),
+        (x[:0], of(0, 0)),
+        (x[1:, 1:], of(300, 301, 302)),
+        (skewed, of(*range(1, 65), 1400)),
+        (even * 1e-38, of(100, 256)),
+    ]

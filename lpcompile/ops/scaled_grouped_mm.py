@@ -1,0 +1,245 @@
+"""Multiply quantized operands group by group, the contraction last in both (NT):
+
+    a[T, K],    b[E, N, K], offs[E] -> [T, N]     fprop, dgrad: the rows of group e with b[e]
+    a[M, Tp],   b[N, Tp],   offs[E] -> [E, M, N]  wgrad: the columns of group e of both
+    a[E, M, K], b[E, N, K], no offs -> [E, M, N]  experts with as many tokens each
+
+fp32 accumulation, scales on the accumulator, one rounding. The shape of the scales says over what
+they reach: a row each ([T]; [E, N]; flat [E * M] of wgrad's operands), a matrix ([1]; [E]), or
+blocks of 128 ([T, K / 128]; [E, N, K / 128], or [E, N / 128, K / 128] of a weight).
+
+Rows of [T, N] past offs[-1] are whatever they are. offs of wgrad are the quantizer's offs_padded.
+
+Hopper's CUTLASS grouped GEMM, through aten, has e4m3 and row scales only (torch 2.11); a tensor
+scale is a row scale repeated. ``grouped_gemm``, in Triton, does the rest.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpcompile.ops import (
+    amax_column_grouped,
+    amax_tensor,
+    amax_tensor_grouped,
+    fp8,
+    grouped_gemm,
+    groups,
+    quantize_fp8_block,
+    quantize_fp8_block_grouped_t,
+    quantize_fp8_grouped_t,
+    quantize_fp8_row,
+    quantize_fp8_square,
+    quantize_fp8_tensor,
+    scaled_mm,
+)
+from lpcompile.ops.define import ALIGN, define, per_column
+from lpcompile.ops.quantize_fp8_block import BLOCK
+
+
+def outputs(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    if b.dim() == 2 and offs is not None:
+        shape = (offs.shape[0], a.shape[0], b.shape[0])
+    else:
+        shape = (*a.shape[:-1], b.shape[1])
+    return a.new_empty(shape, dtype=out_dtype)
+
+
+def exact(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    """The product of the dequantized operands in fp64, which every implementation must meet."""
+    return _by_groups(scaled_mm.exact, a, a_scale, b, b_scale, offs, torch.float64)
+
+
+def reference(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    return _by_groups(scaled_mm.reference, a, a_scale, b, b_scale, offs, out_dtype)
+
+
+def _by_groups(
+    multiply: Any, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offs: Any, dtype: Any
+) -> Tensor:
+    """Every group through ``multiply``, a GEMM of two matrices; zeros past the last group."""
+    made = outputs(a, a_scale, b, b_scale, offs, dtype, False).zero_()
+    slices = groups.slices(offs) if offs is not None else [slice(None)] * a.shape[0]
+    for e, group in enumerate(slices):
+        if a.dim() == 3:
+            of_a, of_b, to = (a[e], _of_matrix(a_scale, e)), (b[e], _of_matrix(b_scale, e)), made[e]
+        elif b.dim() == 3:
+            rows = a_scale if a_scale.shape[0] != a.shape[0] else a_scale[group]
+            of_a, of_b, to = (a[group], rows), (b[e], _of_matrix(b_scale, e)), made[group]
+        else:
+            of_a = a[:, group], _of_columns(a_scale, a.shape[0], e, group)
+            of_b = b[:, group], _of_columns(b_scale, b.shape[0], e, group)
+            to = made[e]
+        to.copy_(multiply(*of_a, *of_b, dtype, False))
+    return made
+
+
+def _of_matrix(scales: Tensor, e: int) -> Tensor:
+    """The scales of matrix e of a stack."""
+    return scales[e : e + 1] if scales.dim() == 1 else scales[e]
+
+
+def _of_columns(scales: Tensor, rows: int, e: int, group: slice) -> Tensor:
+    """The scales of a group's columns of values[rows, Tp]."""
+    if scales.dim() == 2:
+        return scales[:, group.start // BLOCK : -(-group.stop // BLOCK)]
+    return scales if scales.numel() == 1 else scales[e * rows : (e + 1) * rows]
+
+
+def launch(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    if not fp8.runs_triton(a):
+        return reference(a, a_scale, b, b_scale, offs, out_dtype, fast_accum)
+    if offs is None:
+        E, M = a.shape[:2]
+        offs = torch.arange(1, E + 1, device=a.device, dtype=torch.int32) * M
+        rows = a_scale[:, None].expand(E, M) if a_scale.dim() == 1 else a_scale
+        args = (a.flatten(0, 1), rows.flatten(0, 1), b, b_scale, offs, out_dtype, fast_accum)
+        return launch(*args).unflatten(0, (E, M))
+    if not (a.shape[0] and b.shape[-2]):
+        return outputs(a, a_scale, b, b_scale, offs, out_dtype, fast_accum)
+    if _suits_cutlass(a, a_scale, b):
+        return by_cutlass(a, a_scale, b, b_scale, offs, out_dtype, fast_accum)
+    made = outputs(a, a_scale, b, b_scale, offs, out_dtype, fast_accum)
+    grouped_gemm.fill(a, a_scale, b, b_scale, offs, made, fast_accum)
+    return made
+
+
+def _suits_cutlass(a: Tensor, a_scale: Tensor, b: Tensor) -> bool:
+    """Row or tensor scales, e4m3, and sides that are multiples of 16, on Hopper."""
+    return (
+        torch.cuda.get_device_capability(a.device)[0] == 9
+        and a_scale.dim() == 1
+        and a.dtype == b.dtype == torch.float8_e4m3fn
+        and a.shape[1] > 0
+        and b.shape[-2] % ALIGN == 0
+        and (b.dim() == 3 or a.shape[0] % ALIGN == 0)
+    )
+
+
+def by_cutlass(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Tensor,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> Tensor:
+    """Through ``torch._scaled_grouped_mm``, which takes a scale for every row and writes bf16."""
+    M, N, groups_of = a.shape[0], b.shape[-2], offs.shape[0]
+    if b.dim() == 3:
+        a_rows = a_scale.expand(M)
+        b_rows = b_scale[:, None].expand(-1, N) if b_scale.dim() == 1 else b_scale
+    else:
+        a_rows = a_scale.expand(groups_of * M)
+        b_rows = b_scale.expand(groups_of * N)
+    made = torch._scaled_grouped_mm(
+        a,
+        b.mT,
+        a_rows.contiguous(),
+        b_rows.contiguous(),
+        offs=offs,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=fast_accum,
+    )
+    return made.to(out_dtype)
+
+
+def _flops(a: Any, a_scale: Any, b: Any, b_scale: Any, offs: Any, *args: Any, **kwargs: Any) -> int:
+    """Of every row of a, as if none were past the last group."""
+    rows = a[0] * a[1] if len(a) == 3 else a[0]
+    return 2 * rows * a[-1] * b[-2]
+
+
+op = define(
+    "scaled_grouped_mm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? offs,"
+    " ScalarType out_dtype, bool fast_accum) -> Tensor",
+    outputs=outputs,
+    reference=reference,
+    launch=launch,
+    flops=_flops,
+)
+kernel = grouped_gemm.kernel
+agrees = per_column(0.01)
+
+
+def samples(device: str) -> list[tuple[Any, ...]]:
+    """Every shape of product, times every kind of scale; rows past offs[-1] are tested apart."""
+    e4m3 = torch.float8_e4m3fn
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
+
+    def tensor(x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_fp8_tensor.reference(x, amax_tensor.reference(x), e4m3, False)
+
+    def row(x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_fp8_row.reference(x, e4m3, True)
+
+    def block(x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_fp8_block.reference(x, e4m3, True)
+
+    def square(x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_fp8_square.reference(x, e4m3, True)
+
+    cases: list[tuple[Any, ...]] = []
+    for T, N, K in ((40, 32, 256), (53, 21, 203)):
+        ends = torch.tensor([0, T // 3, T // 3, T - 1, T], device=device, dtype=torch.int32)
+        x, w, dy = randn(T, K), randn(5, N, K), randn(T, N)
+        for of_x, of_w in ((tensor, tensor), (row, row), (block, square), (block, block)):
+            cases.append((*of_x(x), *of_w(w), ends, torch.bfloat16, of_x is not block))
+            cases.append((*of_x(dy), *of_w(w.mT), ends, torch.bfloat16, False))
+            cases.append((*of_x(w), *of_w(randn(5, 40, K)), None, torch.bfloat16, False))
+        for quantize in (_by_row, _by_tensor, _by_block):
+            (a, a_scale, padded), (b, b_scale, _) = quantize(dy, ends), quantize(x, ends)
+            cases.append((a, a_scale, b, b_scale, padded, torch.float32, False))
+    bad = x.clone()
+    bad[5, 7] = torch.inf
+    return [*cases, (*row(bad), *row(w), ends, torch.bfloat16, False)]
+
+
+def _by_row(x: Tensor, offs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    amax = amax_column_grouped.reference(x, offs)
+    return quantize_fp8_grouped_t.reference(x, amax, offs, torch.float8_e4m3fn, True)
+
+
+def _by_tensor(x: Tensor, offs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    amax = amax_tensor_grouped.reference(x, offs)
+    return quantize_fp8_grouped_t.reference(x, amax, offs, torch.float8_e4m3fn, False)
+
+
+def _by_block(x: Tensor, offs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return quantize_fp8_block_grouped_t.reference(x, offs, torch.float8_e4m3fn, True)

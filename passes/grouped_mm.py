@@ -1,0 +1,89 @@
+"""Rewrite the GEMMs of experts: _grouped_mm(x, w, offs) becomes scaled_grouped_mm(quantized, ...).
+
+    2d x 3d    tokens, whose rows belong to group after group, by a weight each: fprop, dgrad
+    2d x 2d    over the rows of each group: wgrad
+    3d x 3d    matrix by matrix, as bmm: any product of experts with as many tokens each
+
+The quantize for wgrad lays groups out at multiples of what the GEMM reads, on the device; where
+they lie comes with the gradient's copy, since X's may be made in the forward. Where the new nodes
+run: ``lpcompile.placement``.
+"""
+
+from collections.abc import Container
+from functools import partial
+from typing import Any
+
+from torch import fx
+
+from lpcompile import gemm, gemm_grouped, placement
+from lpcompile.graph import aten, emit, meta_of, peel, replace
+from lpcompile.recipes import Gemm, Operand
+from lpcompile.select import Choice
+from lpcompile.sites import Site, operands
+
+
+def rewrite(choices: list[tuple[Site, Choice]], late: Container[fx.Node]) -> int:
+    """Rewrite every grouped product that has a Gemm, and return how many.
+
+    late: wgrads whose X is quantized in the backward.
+    """
+    chosen = [(s, c.gemm) for s, c in choices if c.gemm is not None and s.grouping]
+    for site, how in chosen:
+        _rewrite(site, how, site.node in late)
+    return len(chosen)
+
+
+def _rewrite(site: Site, how: Gemm, late: bool) -> None:
+    node = site.node
+    out_dtype, cast = placement.out_dtype(site)
+    roles = (how.lhs, how.rhs) if site.lhs_is_first else (how.rhs, how.lhs)
+    quantize = partial(_quantize, site, late)
+    if site.grouping == "batch":
+        sides: list[Any] = [quantize(side, operand) for side, operand in enumerate(roles)]
+        offs = None
+    elif site.product == "wgrad":
+        made = [quantize(side, operand) for side, operand in enumerate(roles)]
+        sides = [quantized for quantized, _ in made]
+        offs = made[0 if site.lhs_is_first else 1][1]
+    else:
+        sides = [quantize(side, operand) for side, operand in enumerate(roles)]
+        offs = site.offs
+    multiply = partial(
+        gemm_grouped.multiply_grouped, out_dtype=out_dtype, fast_accum=how.fast_accum
+    )
+    weight_is_first = site.product != "wgrad" and not site.lhs_is_first
+    if weight_is_first:  # blocks of 128x128 are for second operands, so the product is transposed
+        sides.reverse()
+    out = emit(node, multiply, *sides, offs, meta=meta_of(node))
+    if weight_is_first:
+        out = emit(node, aten.transpose.int, out, 1, 2, meta=meta_of(node))
+    replace(node, out)
+    if cast is not None:
+        placement.fold(cast, out)
+
+
+def _quantize(site: Site, late: bool, side: int, how: Operand) -> Any:
+    """One operand, narrowed, with the contraction last."""
+    node, operand = site.node, operands(site.node)[side]
+    is_second = (side == 1) == site.lhs_is_first  # W, W and X in fprop, dgrad and wgrad
+    meta = placement.quantize_meta(site, operand, is_second, late)
+    x, transposed = peel(operand)
+    if site.grouping == "batch" or (is_second and site.product != "wgrad"):
+        call = partial(gemm.quantize, operand=how, transpose=transposed != (side == 1))
+        return emit(node, call, x, meta=meta)
+    offs = site.offs
+    if site.product != "wgrad":
+        return emit(node, partial(_tokens, how), operand, offs, meta=meta)
+    if side == 1:
+        x = operand  # [T, C] as it is
+    elif not transposed:
+        x = emit(node, aten.transpose.int, operand, 0, 1, meta=meta)
+    return emit(node, partial(_groups_t, how), x, offs, meta=meta)
+
+
+def _tokens(how: Operand, x: Any, offs: Any) -> Any:
+    return gemm_grouped.quantize_tokens(x, how, offs)
+
+
+def _groups_t(how: Operand, x: Any, offs: Any) -> Any:
+    return gemm_grouped.quantize_groups_t(x, how, offs)

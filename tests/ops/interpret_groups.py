@@ -1,0 +1,75 @@
+"""Run the grouped kernels in Triton's interpreter, on ragged groups, against their references.
+
+Started by test_grouped with TRITON_INTERPRET=1: where groups and tiles lie is right without a GPU.
+Elements are fp32 here, because the interpreter rounds to FP8 wrongly (triton 3.6 and 3.7).
+"""
+
+from types import SimpleNamespace
+
+import torch
+import triton.language as tl
+
+from lpcompile import ops
+from lpcompile.ops import fp8, grouped_gemm
+from lpcompile.ops.define import per_column, same_bits
+
+E4M3, WIDE = torch.float8_e4m3fn, torch.float32
+fp8.MAX[WIDE], fp8.TRITON[WIDE] = fp8.MAX[E4M3], tl.float32
+torch.cuda.get_device_capability = lambda device=None: (9, 0)
+torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=5)
+
+
+def check(said, what):
+    if said:
+        raise SystemExit(f"{what}: {said}")
+
+
+def quantizers(x, offs):
+    """Every grouped quantizer on one x; returns the amax of its columns."""
+    for module in (ops.amax_column_grouped, ops.amax_tensor_grouped):
+        amax = module.launch(x, offs)
+        check(same_bits(amax, module.reference(x, offs)), module.__name__)
+        args = (x, amax, offs, WIDE, True)  # powers of two, under which nothing is clamped
+        made = ops.quantize_fp8_grouped_t.launch(*args)
+        check(same_bits(made, ops.quantize_fp8_grouped_t.reference(*args)), "grouped_t")
+    args = (x, offs, WIDE, True)
+    made = ops.quantize_fp8_block_grouped_t.launch(*args)
+    check(same_bits(made, ops.quantize_fp8_block_grouped_t.reference(*args)), "block_grouped_t")
+
+
+def multiply(args, what):
+    a, a_scale, b, b_scale, offs, dtype, fast = args
+    expected = ops.scaled_grouped_mm.exact(*args)
+    made = torch.full_like(expected, torch.nan, dtype=dtype)
+    made[expected.shape[0] if b.dim() == 2 else int(offs[-1]) :] = 0  # rows in no group
+    grouped_gemm.fill(a.float(), a_scale, b.float(), b_scale, offs, made, fast)
+    check(per_column(0.01)(made, expected), what)
+
+
+def main():
+    torch.manual_seed(0)
+    for counts, past in (((70, 0, 128, 1, 140, 0), 21), ((0, 0), 5)):
+        ends = torch.tensor(counts).cumsum(0).int()
+        T, E = int(ends[-1]) + past, len(ends)
+        N, K = 136, 144
+        x, dy, w = (torch.randn(*s, dtype=torch.bfloat16) for s in ((T, K), (T, N), (E, N, K)))
+        x[T - past :] = torch.nan
+        quantizers(x, ends)
+        for of_x, of_w in (
+            (ops.quantize_fp8_row, ops.quantize_fp8_row),
+            (ops.quantize_fp8_block, ops.quantize_fp8_square),
+        ):
+            pair = (*of_x.reference(x, E4M3, True), *of_w.reference(w, E4M3, True))
+            multiply((*pair, ends, torch.float32, False), f"fprop {ends}")
+        column = [ops.amax_column_grouped.reference(t, ends) for t in (dy, x)]
+        rows = [
+            ops.quantize_fp8_grouped_t.reference(t, amax, ends, E4M3, True)
+            for t, amax in zip((dy, x), column, strict=True)
+        ]
+        blocks = [ops.quantize_fp8_block_grouped_t.reference(t, ends, E4M3, True) for t in (dy, x)]
+        for (a, a_scale, at), (b, b_scale, _) in (rows, blocks):
+            multiply((a, a_scale, b, b_scale, at, torch.float32, False), f"wgrad {ends}")
+
+
+if __name__ == "__main__":
+    main()

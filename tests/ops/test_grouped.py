@@ -1,0 +1,214 @@
+"""Ragged groups: every group alone, rows past the last, and the GPU's kernels at random shapes."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.torch_version import TorchVersion as Version
+
+from lpcompile import ops
+from lpcompile.ops import grouped_gemm, groups
+from lpcompile.ops.define import ALIGN, per_column, round_up, same_bits
+
+E4M3 = torch.float8_e4m3fn
+BLOCK = grouped_gemm.BLOCK
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ragged = settings(max_examples=25, deadline=None, derandomize=True)
+sizes = st.lists(st.sampled_from([0, 0, 1, 7, 15, 16, 17, 33, 128, 150]), min_size=1, max_size=6)
+
+
+def ends(counts, device="cpu"):
+    return torch.tensor(counts, device=device).cumsum(0).int()
+
+
+def tokens(num, channels, device="cpu"):
+    return torch.randn(num, channels, device=device, dtype=torch.bfloat16)
+
+
+def by_rows(x, offs):
+    return ops.quantize_fp8_grouped_t.op(x, ops.amax_column_grouped.op(x, offs), offs, E4M3, True)
+
+
+def by_tensor(x, offs):
+    return ops.quantize_fp8_grouped_t.op(x, ops.amax_tensor_grouped.op(x, offs), offs, E4M3, False)
+
+
+def by_blocks(x, offs):
+    return ops.quantize_fp8_block_grouped_t.op(x, offs, E4M3, True)
+
+
+def alone(x):
+    """What ``by_rows`` makes of one group, through the ops for one matrix."""
+    return ops.quantize_fp8_row_t.op(x, ops.amax_column.op(x), E4M3, True)
+
+
+@ragged
+@given(sizes, st.integers(0, 20))
+def test_every_group_is_quantized_as_it_would_be_alone(counts, past):
+    offs = ends(counts)
+    x = tokens(sum(counts) + past, 24)
+    values, scales, padded = by_rows(x, offs)
+    blocks, block_scales, block_padded = by_blocks(x, offs)
+    filled = torch.zeros_like(values, dtype=torch.bool)
+    for e, rows in enumerate(groups.slices(offs)):
+        start = groups.slices(padded)[e].start
+        expected, of_group = alone(x[rows])
+        to = slice(start, start + expected.shape[1])
+        assert same_bits((values[:, to], scales[e * 24 : (e + 1) * 24]), (expected, of_group)) == ""
+        filled[:, to] = True
+        start = groups.slices(block_padded)[e].start
+        expected, of_group = ops.quantize_fp8_block_t.op(x[rows], E4M3, True)
+        made = blocks[:, start : start + expected.shape[1]]
+        at = start // BLOCK
+        of_blocks = block_scales[:, at : at + of_group.shape[1]]
+        assert same_bits((made, of_blocks), (expected, of_group)) == ""
+    assert not values.float()[~filled].any()
+
+
+@ragged
+@given(sizes, st.integers(0, 20))
+def test_groups_are_padded_to_where_a_gemm_reads_them(counts, past):
+    x, offs = tokens(sum(counts) + past, 8), ends(counts)
+    for made, align in ((by_rows(x, offs), ALIGN), (by_blocks(x, offs), BLOCK)):
+        assert made[2].diff(prepend=torch.zeros(1, dtype=torch.int32)).tolist() == [
+            round_up(n, align) for n in counts
+        ]
+        assert made[2][-1] <= made[0].shape[1]
+
+
+@ragged
+@given(sizes)
+def test_the_rows_of_the_last_group_are_all_that_counts(counts):
+    offs = ends(counts)
+    x = tokens(sum(counts), 16)
+    past = torch.cat([x, torch.full((5, 16), torch.nan, dtype=torch.bfloat16)])
+    for op in (ops.amax_column_grouped.op, ops.amax_tensor_grouped.op):
+        assert same_bits(op(past, offs), op(x, offs)) == ""
+    for quantize in (by_rows, by_tensor, by_blocks):
+        # Tp may be longer with five rows more; what both have is the same, and the rest is zero.
+        made, expected = quantize(past, offs), quantize(x, offs)
+        width = expected[0].shape[1]
+        assert same_bits(made[0][:, :width], expected[0]) == ""
+        assert not made[0][:, width:].float().any()
+        assert same_bits(made[2], expected[2]) == ""
+
+
+STACKED = (
+    ops.quantize_fp8_row,
+    ops.quantize_fp8_row_t,
+    ops.quantize_fp8_tensor,
+    ops.quantize_fp8_tensor_t,
+    ops.quantize_fp8_block,
+    ops.quantize_fp8_block_t,
+    ops.quantize_fp8_square,
+    ops.quantize_fp8_square_t,
+)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("module", STACKED, ids=lambda m: m.__name__.rpartition(".")[2])
+def test_a_stack_of_weights_is_quantized_one_by_one(module, swapped, device):
+    w = torch.randn(3, 136, 203, device=device, dtype=torch.bfloat16)
+    w = w.mT if swapped else w
+    amax = {
+        ops.quantize_fp8_row_t: ops.amax_column.op,
+        ops.quantize_fp8_tensor: ops.amax_tensor.op,
+        ops.quantize_fp8_tensor_t: ops.amax_tensor.op,
+    }.get(module)
+
+    def quantize(x):
+        return module.op(x, *([amax(x)] if amax else []), E4M3, True)
+
+    values, scales = quantize(w)
+    for e in range(3):
+        expected = quantize(w[e])
+        of_matrix = scales[e : e + 1] if scales.dim() == 1 else scales[e]
+        assert same_bits((values[e], of_matrix), expected) == ""
+
+
+@pytest.mark.skipif(
+    Version(triton.__version__) < Version("3.7"), reason="its interpreter has no dynamic range()"
+)
+def test_the_kernels_find_ragged_groups_in_the_interpreter():
+    script = Path(__file__).with_name("interpret_groups.py")
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    ran = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def per_group(made, expected, offs, bound=0.01):
+    """``per_column`` of every group of rows alone."""
+    for e, rows in enumerate(groups.slices(offs)):
+        said = per_column(bound)(made[rows], expected[rows])
+        if said:
+            return f"group {e} ({rows}): {said}"
+    return ""
+
+
+def shapes(seed):
+    """E, T, N, K and the ends of E ragged groups: some empty, one with half of all tokens."""
+    rng = random.Random(seed)
+    E = rng.choice([1, 2, 5, 8, 16, 33, 64, 128])
+    counts = [0 if rng.random() < 0.2 else rng.randrange(1, 160) for _ in range(E)]
+    if seed % 3 == 0:
+        counts[rng.randrange(E)] += sum(counts)
+    unit = rng.choice([1, 8, 16, 128])
+    N, K = (unit * rng.randrange(1, 1 + 640 // unit) for _ in range(2))
+    return E, sum(counts) + rng.choice([0, 0, 37]), N, K, counts
+
+
+OPERANDS = {
+    "row": (ops.quantize_fp8_row.op, ops.quantize_fp8_row.op, by_rows),
+    "block": (ops.quantize_fp8_block.op, ops.quantize_fp8_square.op, by_blocks),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", OPERANDS)
+@pytest.mark.parametrize("seed", range(40))
+def test_every_column_of_every_group_is_right(seed, kind):
+    E, T, N, K, counts = shapes(seed)
+    offs = ends(counts, "cuda")
+    x, dy = tokens(T, K, "cuda"), tokens(T, N, "cuda")
+    x[sum(counts) :], dy[sum(counts) :] = torch.nan, torch.inf
+    w = torch.randn(E, N, K, device="cuda", dtype=torch.bfloat16)
+    of_tokens, of_weight, along_tokens = OPERANDS[kind]
+    module = ops.scaled_grouped_mm
+    for a, b, fast in ((x, w, True), (dy, w.mT, False)):
+        args = (*of_tokens(a, E4M3, True), *of_weight(b, E4M3, True), offs, torch.bfloat16, fast)
+        expected = module.exact(*args)
+        assert per_group(module.op(*args), expected, offs) == ""
+        made = module.outputs(*args)
+        grouped_gemm.fill(*args[:5], made, fast)  # also where CUTLASS is chosen
+        assert per_group(made, expected, offs) == ""
+    (a, a_scale, padded), (b, b_scale, _) = along_tokens(dy, offs), along_tokens(x, offs)
+    args = (a, a_scale, b, b_scale, padded, torch.bfloat16, False)
+    expected = module.exact(*args)
+    assert per_column(0.01)(module.op(*args), expected) == ""
+    made = module.outputs(*args)
+    grouped_gemm.fill(*args[:5], made, False)
+    assert per_column(0.01)(made, expected) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(40))
+def test_the_quantizers_of_ragged_groups_equal_their_references(seed):
+    _, T, _, C, counts = shapes(seed)
+    offs, x = ends(counts, "cuda"), tokens(T, C, "cuda")
+    x[sum(counts) :] = torch.nan
+    for amaxes in (ops.amax_column_grouped, ops.amax_tensor_grouped):
+        amax = amaxes.op(x, offs)
+        assert same_bits(amax, amaxes.reference(x, offs)) == ""
+        args = (x, amax, offs, E4M3, amax.dim() == 2)
+        module = ops.quantize_fp8_grouped_t
+        assert same_bits(module.op(*args), module.reference(*args)) == ""
+    module = ops.quantize_fp8_block_grouped_t
+    assert same_bits(module.op(x, offs, E4M3, True), module.reference(x, offs, E4M3, True)) == ""
