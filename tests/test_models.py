@@ -112,7 +112,7 @@ def data(*shape, device="cpu", grad=True):
 @pytest.mark.parametrize("recipe", [n for n, r in lpcompile.RECIPES.items() if not r.is_bf16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_an_ffn_has_the_oracles_gradients(recipe, bias, device):
-    # The oracle draws a seed for every linear, the graph one for all: rounded to nearest, they agree.
+    # The oracle draws a seed for every linear, the graph one for all: to nearest, they agree.
     chosen = to_nearest(lpcompile.RECIPES[recipe])
     model, x = bf16(FFN(bias=bias), device), data(3, 16, 64, device=device)
     with observe() as compiles:
