@@ -1,7 +1,7 @@
 """The largest magnitude of a matrix: x[R, C] bf16 -> amax[1] fp32; x[E, R, C] -> amax[E].
 
-NaN counts above Inf and Inf above all numbers, so that a non-finite element is never hidden: the
-kernel takes an integer maximum over the absolute bits, which atomics can do too.
+NaN counts above Inf and Inf above all numbers, so that a non-finite element is never hidden: maxima
+keep NaN in a program, and are of integers, by atomics, between programs.
 """
 
 from typing import Any
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lpcompile.ops import fp8
 from lpcompile.ops.define import define, same_bits
-from lpcompile.ops.fp8 import abs_bits, amax_of_bits, canonical, stack
 
 
 def outputs(x: Tensor) -> Tensor:
@@ -23,20 +23,21 @@ def reference(x: Tensor) -> Tensor:
     x = stack(x)
     if not x.numel():
         return x.new_zeros(x.shape[:1], dtype=torch.float32)
-    return canonical(x.abs().amax((1, 2)).float())
+    return fp8.canonical(x.abs().amax((1, 2)).float())
 
 
 @triton.jit
-def kernel(x_ptr, amax_ptr, n, PER_PROGRAM: tl.constexpr, BLOCK: tl.constexpr):
+def kernel(x_ptr, amax_ptr, n, EVEN: tl.constexpr, PER_PROGRAM: tl.constexpr, BLOCK: tl.constexpr):
     e = tl.program_id(1)
     x_ptr += e.to(tl.int64) * n
     start = tl.program_id(0).to(tl.int64) * PER_PROGRAM
-    best = tl.zeros([BLOCK], tl.int32)
+    best = tl.zeros([BLOCK], tl.float32)
     for i in range(0, PER_PROGRAM, BLOCK):
         at = start + i + tl.arange(0, BLOCK)
-        best = tl.maximum(best, abs_bits(tl.load(x_ptr + at, mask=at < n, other=0.0)))
-    amax = amax_of_bits(tl.max(best, axis=0))
-    tl.atomic_max(amax_ptr + e, amax.to(tl.int32, bitcast=True), sem="relaxed")
+        x = tl.load(x_ptr + at) if EVEN else tl.load(x_ptr + at, mask=at < n, other=0.0)
+        best = fp8.larger(best, tl.abs(x.to(tl.float32)))
+    bits = fp8.bits_of_amax(tl.reduce(best, 0, fp8.larger))
+    tl.atomic_max(amax_ptr + e, bits, sem="relaxed")
 
 
 def launch(x: Tensor) -> Tensor:
@@ -45,8 +46,10 @@ def launch(x: Tensor) -> Tensor:
     amax = torch.zeros((E,), dtype=torch.float32, device=x.device)
     if n:
         dense = x if _is_dense(x) else x.contiguous()
-        grid = (triton.cdiv(n, 32768), E)
-        kernel[grid](dense, amax.view(torch.int32), n, 32768, 4096, num_warps=8)
+        per_program, block = 32768, 2048
+        grid = (triton.cdiv(n, per_program), E)
+        bits, even = amax.view(torch.int32), n % per_program == 0
+        kernel[grid](dense, bits, n, even, per_program, block, num_warps=4)
     return amax
 
 
