@@ -18,6 +18,8 @@ from lpcompile.ops.define import per_column
 from lpcompile.pipeline import observe
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+close = per_column(0.02)
+RECIPES = ["fp8_rowwise", "fp8_tensorwise", "fp8_blockwise"]
 DIM, HIDDEN, HEADS, TOKENS = 64, 32, 4, 24
 SHARED = {
     "vocab_size": 128,
@@ -57,10 +59,11 @@ HUGGING_FACE = {
 
 
 class HuggingFaceLayer(nn.Module):
-    """One decoder layer, random, with its rotary embedding."""
+    """One decoder layer, random, with its rotary embedding; or its experts and router alone."""
 
-    def __init__(self, name, experts="grouped_mm"):
+    def __init__(self, name, experts="grouped_mm", whole=True):
         super().__init__()
+        self.whole = whole
         transformers = pytest.importorskip("transformers")
         sizes = {**SHARED, **HUGGING_FACE[name]}
         model = transformers.AutoModelForCausalLM.from_config(
@@ -72,6 +75,9 @@ class HuggingFaceLayer(nn.Module):
         self.layer, self.rotary = model.model.layers[0], model.model.rotary_emb
 
     def forward(self, x):
+        if not self.whole:
+            y = self.layer.mlp(x)
+            return y[0] if isinstance(y, tuple) else y
         positions = torch.arange(x.shape[1], device=x.device)[None].expand(x.shape[0], -1)
         embeddings = self.rotary(x, positions)
         y = self.layer(x, position_embeddings=embeddings, attention_mask=None)
@@ -150,11 +156,22 @@ def compiled(model, **options):
     return torch.compile(model, backend="lowprec", options=options, fullgraph=True)
 
 
+def whole_layer(made, expected):
+    """``per_column(0.1)``, of a column's norm and the columns' mean norm together.
+
+    A last place of one linear moves codes of the next one's operands, and columns of small norm
+    are differences of large numbers. A column that is wrong is off by its norm.
+    """
+    error, size = (made - expected).norm(dim=-2), expected.norm(dim=-2)
+    wrong = error > 0.1 * (size + size.mean())
+    return f"{int(wrong.sum())} of {wrong.numel()} columns" if wrong.any() else ""
+
+
 def rows(compiles):
     return [row for c in compiles for row in c.rows]
 
 
-def check(model, recipe, num_experts, num_grouped, device, bound=0.02, **options):
+def check(model, recipe, num_experts, num_grouped, device, close=close, **options):
     """Roles, and every gradient per column; of an expert's weight, per expert too."""
     torch.manual_seed(0)
     model = model.to(device)
@@ -175,20 +192,32 @@ def check(model, recipe, num_experts, num_grouped, device, bound=0.02, **options
     assert made.keys() == expected.keys()
     for name, m in made.items():
         flat = (t.float() if t.dim() > 1 else t.float().view(-1, 1) for t in (m, expected[name]))
-        assert per_column(bound)(*flat) == "", name
+        assert close(*flat) == "", name
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_tensorwise", "fp8_blockwise"])
-@pytest.mark.parametrize("name", HUGGING_FACE)
-def test_a_hugging_face_layer_has_the_oracles_gradients(name, recipe, device):
+def hugging_face(name, **kwargs):
     torch.manual_seed(0)
     experts = next(v for k, v in HUGGING_FACE[name].items() if k.endswith("experts"))
-    check(HuggingFaceLayer(name), recipe, experts, 2, device, bound=0.06)  # of a chain of linears
+    return HuggingFaceLayer(name, **kwargs), experts
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_tensorwise", "fp8_blockwise"])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_a_hugging_face_block_has_the_oracles_gradients(name, recipe, device):
+    model, experts = hugging_face(name, whole=False)
+    check(model, recipe, experts, 2, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_a_hugging_face_layer_has_the_oracles_gradients(name, device):
+    model, experts = hugging_face(name)
+    check(model, "fp8_rowwise", experts, 2, device, close=whole_layer)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_torchtitans_block_has_the_oracles_gradients(recipe, device):
     torch.manual_seed(0)
     check(TokenChoiceMoE().bfloat16(), recipe, 8, 3, device)
@@ -196,17 +225,15 @@ def test_torchtitans_block_has_the_oracles_gradients(recipe, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_hugging_face_layer_has_the_oracles_gradients_through_inductor(device):
-    torch.manual_seed(0)
-    model = HuggingFaceLayer("qwen3_moe")
+    model, experts = hugging_face("qwen3_moe")
     # Fused, a producer's rounding to bf16 falls away and codes move: compared with it kept.
     options = {"codegen": "inductor", "emulate_precision_casts": True}
     with config.patch(force_disable_caches=True):  # on a hit no pass runs
-        check(model, "fp8_rowwise", 8, 2, device, bound=0.06, **options)
+        check(model, "fp8_rowwise", experts, 2, device, close=whole_layer, **options)
 
 
 def test_batched_mm_of_hugging_face_stays_bf16_with_the_reason():
-    torch.manual_seed(0)
-    model = HuggingFaceLayer("qwen3_moe", experts="batched_mm")
+    model, _ = hugging_face("qwen3_moe", experts="batched_mm")
     with observe() as compiles:
         step(compiled(model), torch.randn(2, TOKENS, DIM).bfloat16())
     experts = [row for row in rows(compiles) if row.module.endswith("experts")]
