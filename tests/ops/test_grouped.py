@@ -144,13 +144,29 @@ def test_the_kernels_find_ragged_groups_in_the_interpreter():
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def per_group(made, expected, offs, bound=0.01):
-    """``per_column`` of every group of rows alone."""
+DROPPED = 2.0**-11  # of the sum of magnitudes, by tensor cores that keep some 14 bits of a sum
+
+
+def per_group(made, expected, magnitude, offs, bound=0.01):
+    """Every column of every group of rows alone.
+
+    A column of a few rows can cancel to next to nothing, where what the accumulators drop shows.
+    """
     for e, rows in enumerate(groups.slices(offs)):
-        said = per_column(bound)(made[rows], expected[rows])
-        if said:
-            return f"group {e} ({rows}): {said}"
+        m, x, whole = (t[rows].double() for t in (made, expected, magnitude))
+        if not torch.equal(m.isfinite(), x.isfinite()):
+            return f"group {e} ({rows}): not finite where it should be"
+        error, allowed = (m - x).norm(dim=0), bound * x.norm(dim=0) + DROPPED * whole.norm(dim=0)
+        if (error > allowed).any():
+            return f"group {e} ({rows}): {int((error > allowed).sum())} columns are wrong"
     return ""
+
+
+def magnitudes(args):
+    """The product of the operands' magnitudes, in fp64."""
+    a, a_scale, b, b_scale, *rest = args
+    a, b = ((t.view(torch.uint8) & 0x7F).view(t.dtype) for t in (a, b))
+    return ops.scaled_grouped_mm.exact(a, a_scale, b, b_scale, *rest)
 
 
 def shapes(seed):
@@ -185,10 +201,11 @@ def test_every_column_of_every_group_is_right(seed, kind):
     for a, b, fast in ((x, w, True), (dy, w.mT, False)):
         args = (*of_tokens(a, E4M3, True), *of_weight(b, E4M3, True), offs, torch.bfloat16, fast)
         expected = module.exact(*args)
-        assert per_group(module.op(*args), expected, offs) == ""
+        size = magnitudes(args)
+        assert per_group(module.op(*args), expected, size, offs) == ""
         made = module.outputs(*args)
         grouped_gemm.fill(*args[:5], made, fast)  # also where CUTLASS is chosen
-        assert per_group(made, expected, offs) == ""
+        assert per_group(made, expected, size, offs) == ""
     (a, a_scale, padded), (b, b_scale, _) = along_tokens(dy, offs), along_tokens(x, offs)
     args = (a, a_scale, b, b_scale, padded, torch.bfloat16, False)
     expected = module.exact(*args)
