@@ -25,7 +25,7 @@ import lpcompile
 from lpcompile import placement, saved, structure, verify
 from lpcompile.cost import DEVICES
 from lpcompile.dumps import Dump
-from lpcompile.flow import Flow, Leaves
+from lpcompile.flow import Flow, Leaves, is_called
 from lpcompile.graph import hint, module_path
 from lpcompile.options import Options, Rule
 from lpcompile.passes import deduplicate, fuse, grouped_mm, linear
@@ -47,6 +47,7 @@ class Compile:
     rows: list[Row] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)  # what each pass changed
     has_run: bool = False
+    has_regions: bool = False  # nested compile regions, each cut by itself
     matched: set[Rule] = field(default_factory=set)
     measures: bool = False  # also cut the graph as it was, for ``saved_bytes``
     originals: dict[fx.Graph, fx.Graph] = field(default_factory=dict)  # as they were, by graph
@@ -181,10 +182,14 @@ class Partition(CustomPartitionerFn):
         if original is not None:
             whole = fx.GraphModule(gm, original)
             before, _ = min_cut_rematerialization_partition(whole, joint_inputs, **kwargs)
-            compile.saved_bytes = SavedBytes(
-                saved.num_bytes(before.graph, compile.leaves, outputs),
-                saved.num_bytes(forward.graph, compile.leaves, outputs),
-            )
+            # A nested region is cut before the graph that calls it, which does not show what of its
+            # outputs the region itself saves: then the bytes are not known.
+            compile.has_regions |= is_called(joint)
+            if not compile.has_regions:
+                compile.saved_bytes = SavedBytes(
+                    saved.num_bytes(before.graph, compile.leaves, outputs),
+                    saved.num_bytes(forward.graph, compile.leaves, outputs),
+                )
             if compile.dump:
                 compile.dump.cut(joint, forward, backward, before, compile.leaves, outputs)
         return forward, backward

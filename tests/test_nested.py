@@ -111,6 +111,14 @@ def test_the_linears_of_a_region_are_narrowed_once_for_all_its_calls(device):
     assert all(row.rewritten for c in compiles for row in c.rows)
 
 
+def test_explain_shows_a_regions_gemms_and_no_bytes_that_it_cannot_know():
+    x = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
+    report = lpcompile.explain(Layers().bfloat16(), x, options=EAGER)
+    shown = sorted((r.module, r.product) for r in report.rows if r.rewritten)
+    assert shown == linears("layers.0.a", "layers.0.b")
+    assert report.saved_bytes is None
+
+
 def test_a_region_in_full_inductor_has_the_oracles_gradients():
     model, x = Layers().bfloat16(), torch.randn(32, 64, dtype=torch.bfloat16)
     options = {"codegen": "inductor", "emulate_precision_casts": True, "fx_graph_cache": False}
