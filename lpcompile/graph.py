@@ -117,7 +117,7 @@ def module_path(node: fx.Node) -> str:
     return clean_path(list(stack.values())[-1][0]) if stack else ""
 
 
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "__self__"}
 
 
 def clean_path(path: str) -> str:
