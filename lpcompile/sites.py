@@ -67,7 +67,7 @@ def find(graph: fx.Graph, flow: Flow) -> list[Site]:
     forward = [_forward(n, flow) for n in nodes if n not in flow.gradients]
     partners: dict[Any, list[Site]] = defaultdict(list)
     for site in forward:
-        if site.is_linear and "seq_nr" in site.node.meta:
+        if "seq_nr" in site.node.meta:
             partners[site.node.meta["seq_nr"]].append(site)
     backward = [_backward(n, flow, partners, forward) for n in nodes if n in flow.gradients]
     order = {n: i for i, n in enumerate(nodes)}
@@ -208,9 +208,13 @@ def _partner(
     Inside a user's autograd.Function the backward GEMMs have the seq_nr of the Function, which no
     forward GEMM need share.
     """
-    for site in partners.get(node.meta.get("seq_nr"), ()):
-        if _same(other, site.lhs) or _same(other, site.rhs):
-            return site
+    same = [
+        s
+        for s in partners.get(node.meta.get("seq_nr"), ())
+        if _same(other, s.lhs) or _same(other, s.rhs)
+    ]
+    if same:  # of a product of two activations too, one of which may be the X of a linear
+        return next((s for s in same if s.is_linear), None)
     linears = [s for s in forward if s.is_linear]
     by_weight = next((s for s in linears if _same(other, s.weight)), None)
     return by_weight or next(
