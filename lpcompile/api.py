@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._dynamo import trace_rules
+from torch._dynamo.external_utils import wrap_inline
 
 from lpcompile.errors import LowPrecisionError, RuleError, did_you_mean
 from lpcompile.graph import clean_path
@@ -46,7 +48,14 @@ def compile_blocks(
     resolved = _resolve(model, found, given)
     for path, block in found.items():
         per_block = {**chosen, "rules": resolved[path]}
-        block.compile(backend="lowprec", options=per_block, fullgraph=fullgraph, dynamic=dynamic)
+        # What block.compile does, which pickle and deepcopy know to leave out.
+        block._compiled_call_impl = torch.compile(
+            _not_skipped(block._call_impl),
+            backend="lowprec",
+            options=per_block,
+            fullgraph=fullgraph,
+            dynamic=dynamic,
+        )
     return found
 
 
@@ -87,7 +96,11 @@ def _compiled(
     function: T, options: Options, chosen: Mapping[str, Any], fullgraph: bool, dynamic: bool | None
 ) -> T:
     compiled = torch.compile(
-        function, backend="lowprec", options=dict(chosen), fullgraph=fullgraph, dynamic=dynamic
+        _not_skipped(function),
+        backend="lowprec",
+        options=dict(chosen),
+        fullgraph=fullgraph,
+        dynamic=dynamic,
     )
     if not options.rules:
         return functools.wraps(function)(compiled)  # type: ignore[return-value]
@@ -101,6 +114,17 @@ def _compiled(
         return compiled(*args, **kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def _not_skipped(function: T) -> T:
+    """The function, behind a frame of its own where Dynamo would skip it, as it does torch.nn's.
+
+    A module of torch's (nn.Sequential, nn.TransformerEncoderLayer) that is compiled by its own
+    ``compile`` runs as if it were not (torch 2.11 to 2.13); torch.compile of it does this too.
+    """
+    method = getattr(function, "__self__", None)
+    called = method.forward if isinstance(method, nn.Module) else function
+    return wrap_inline(function) if trace_rules.check(called) else function  # type: ignore[return-value]
 
 
 def _named_blocks(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:

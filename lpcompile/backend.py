@@ -17,7 +17,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 import lpcompile.lowerings  # noqa: F401
 from lpcompile import dumps
-from lpcompile.graph import Leaves
+from lpcompile.flow import Leaves
 from lpcompile.options import Options, parse
 from lpcompile.pipeline import Compile, JointPass, Partition, PostPass, graph_key, register
 from lpcompile.report import summarize

@@ -34,7 +34,8 @@ from torch._guards import CompileContext
 
 from lpcompile import saved, source
 from lpcompile.errors import LowPrecisionWarning
-from lpcompile.graph import TRANSPOSES, Leaves, clean_path, is_called, is_tangent, placeholders
+from lpcompile.flow import Leaves, is_called, is_tangent
+from lpcompile.graph import TRANSPOSES, clean_path, placeholders
 from lpcompile.options import Options
 from lpcompile.report import Report, Row
 

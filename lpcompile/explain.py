@@ -9,11 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lpcompile.backend import compile_graph
 from lpcompile.errors import LowPrecisionError, RuleError
@@ -35,8 +37,10 @@ def explain(
     model: on any device, meta included; nothing is computed and nothing of it changes.
     recipe: short for ``options={"recipe": recipe}``; options as for the backend.
     The backward is traced when a parameter or an input requires grad, so call it under no_grad to
-    see inference. RuleError for a rule that matched nothing.
+    see inference. A parameter that is a DTensor shows the sizes of this rank's shard. RuleError for
+    a rule that matched nothing.
     """
+    _refuse_fsdp(model)
     chosen = parse({**(options or {}), **({} if recipe is None else {"recipe": recipe})})
     chosen = replace(chosen, codegen="eager")
     compiles = trace(model, args, kwargs, chosen)
@@ -56,6 +60,20 @@ def explain(
         SavedBytes(sum(s.before for s in saved), sum(s.after for s in saved)) if saved else None,
         chosen.target_of(get_recipe(chosen.recipe)),
     )
+
+
+def _refuse_fsdp(model: nn.Module) -> None:
+    """FSDP2 keeps weights of its own beside the module's, and gathers those: it cannot be faked."""
+    if not dist.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if any(isinstance(m, FSDPModule) for m in model.modules()):
+        raise LowPrecisionError(
+            f"explain takes a model before fully_shard, got a {type(model).__name__} after it: "
+            "explain it first. FSDP gathers whole weights for every GEMM, so sizes are the same, "
+            "with the batch of one rank"
+        )
 
 
 def trace(
@@ -93,9 +111,15 @@ def _fake(x: Any, mode: FakeTensorMode, device: torch.device) -> Any:
     """A fake tensor like x, on ``device`` if x is on the meta device."""
     if not isinstance(x, torch.Tensor):
         return x
-    where = device if x.device.type == "meta" else x.device
-    with mode:
-        made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=where)
+    made: Any
+    if is_traceable_wrapper_subclass(x):  # a DTensor: its shard is what is narrowed
+        names, context = x.__tensor_flatten__()
+        inner = {name: _fake(getattr(x, name), mode, device) for name in names}
+        made = type(x).__tensor_unflatten__(inner, context, x.size(), x.stride()).detach()
+    else:
+        where = device if x.device.type == "meta" else x.device
+        with mode:
+            made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=where)
     if isinstance(x, nn.Parameter):
         return nn.Parameter(made, requires_grad=x.requires_grad)
     return made.requires_grad_(x.requires_grad)

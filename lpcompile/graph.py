@@ -1,15 +1,13 @@
-"""Reading and writing joint graphs: who is a weight, who a gradient, and new nodes in place.
+"""Reading and writing joint graphs: what a node is, and new nodes in place.
 
-In the joint graph of AOTAutograd (torch 2.11 to 2.13) a placeholder's ``meta["desc"]`` says which
-input of the Dynamo graph it came from, every forward node and the backward nodes of it share
-``meta["seq_nr"]``, and the module path stands in ``nn_module_stack`` (forward) or
+In the joint graph of AOTAutograd (torch 2.11 to 2.13) every forward node and the backward nodes of
+it share ``meta["seq_nr"]``, and the module path stands in ``nn_module_stack`` (forward) or
 ``fwd_nn_module_stack`` (backward).
 """
 
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -54,87 +52,9 @@ META = (
 )
 
 
-@dataclass(frozen=True)
-class Leaves:
-    """Which inputs of the Dynamo graph, by index, are parameters and which buffers."""
-
-    parameters: frozenset[int]
-    buffers: frozenset[int] = frozenset()
-
-    @classmethod
-    def of(cls, gm: fx.GraphModule, example_inputs: Iterable[Any]) -> "Leaves":
-        """Read off a Dynamo graph and its example inputs.
-
-        With no Parameter among them, as under functional_call, matrices that require grad are
-        taken for parameters.
-        """
-        inputs = list(example_inputs)
-        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        parameters = {i for i, x in enumerate(inputs) if isinstance(x, torch.nn.Parameter)}
-        if not parameters:
-            parameters = {
-                i
-                for i, x in enumerate(inputs)
-                if isinstance(x, torch.Tensor) and x.requires_grad and x.dim() in (2, 3)
-            }
-        buffers = {
-            i
-            for i, n in enumerate(placeholders)
-            if "_dynamo_static_input_type" in n.meta.get("tensor_dict", {}) and i not in parameters
-        }
-        return cls(frozenset(parameters), frozenset(buffers))
-
-
-class Flow:
-    """What every node of a graph depends on: a tangent, parameters alone, neither."""
-
-    def __init__(self, graph: fx.Graph, leaves: Leaves) -> None:
-        self.gradients: set[fx.Node] = set()
-        self.weights: set[fx.Node] = set()
-        self.constants: set[fx.Node] = set()  # of buffers and nothing else: they decide nothing
-        for node in graph.nodes:
-            inputs = node.all_input_nodes
-            if node.op == "placeholder":
-                index = input_index(node)
-                if is_tangent(node):
-                    self.gradients.add(node)
-                elif index in leaves.parameters:
-                    self.weights.add(node)
-                elif index in leaves.buffers:
-                    self.constants.add(node)
-            elif any(i in self.gradients for i in inputs):
-                self.gradients.add(node)
-            elif all(i in self.weights or i in self.constants for i in inputs):
-                of_weights = any(i in self.weights for i in inputs)
-                (self.weights if of_weights else self.constants).add(node)
-
-
-def input_index(placeholder: fx.Node) -> int | None:
-    """The index, among the inputs of the Dynamo graph, of what this placeholder is (part) of."""
-    desc = placeholder.meta.get("desc")
-    while desc is not None and hasattr(desc, "base"):
-        desc = desc.base
-    return getattr(desc, "idx", None)
-
-
-def is_called(graph: fx.Graph) -> bool:
-    """Whether a graph is one that a higher-order op calls: AOTAutograd describes its own inputs."""
-    return any("desc" not in n.meta for n in placeholders(graph))
-
-
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
     """The inputs of a graph."""
     return [n for n in graph.nodes if n.op == "placeholder"]
-
-
-def is_tangent(placeholder: fx.Node) -> bool:
-    """Whether a placeholder is a gradient that comes in."""
-    desc = placeholder.meta.get("desc")
-    while desc is not None and hasattr(desc, "base"):
-        desc = desc.base
-    return type(desc).__name__ == "TangentAOTInput" or (
-        desc is None and "tangents" in str(placeholder.target)
-    )
 
 
 def swaps_last_two(node: fx.Node) -> bool:
@@ -197,7 +117,7 @@ def module_path(node: fx.Node) -> str:
     return clean_path(list(stack.values())[-1][0]) if stack else ""
 
 
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "__self__"}
 
 
 def clean_path(path: str) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from lpcompile.graph import CASTS, TRANSPOSES, VIEWS, Flow, value
+from lpcompile.flow import Flow
+from lpcompile.graph import CASTS, TRANSPOSES, VIEWS, value
 
 
 class Held:

@@ -25,13 +25,14 @@ import lpcompile
 from lpcompile import placement, saved, structure, verify
 from lpcompile.cost import DEVICES
 from lpcompile.dumps import Dump
-from lpcompile.graph import Flow, Leaves, hint, module_path
-from lpcompile.options import Options
+from lpcompile.flow import Flow, Leaves, is_called
+from lpcompile.graph import hint, module_path
+from lpcompile.options import Options, Rule
 from lpcompile.passes import deduplicate, fuse, grouped_mm, linear
 from lpcompile.recipes import get_recipe
 from lpcompile.report import Row, SavedBytes
 from lpcompile.select import Choice, Selection, annotated, annotation
-from lpcompile.sites import Site, find
+from lpcompile.sites import SEEN, Site, find
 
 log = logging.getLogger("lpcompile")
 
@@ -46,11 +47,17 @@ class Compile:
     rows: list[Row] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)  # what each pass changed
     has_run: bool = False
-    unmatched: tuple[str, ...] = ()  # patterns of rules that matched no GEMM of this graph
+    has_regions: bool = False  # nested compile regions, each cut by itself
+    matched: set[Rule] = field(default_factory=set)
     measures: bool = False  # also cut the graph as it was, for ``saved_bytes``
     originals: dict[fx.Graph, fx.Graph] = field(default_factory=dict)  # as they were, by graph
     saved_bytes: SavedBytes | None = None
     dump: Dump | None = None
+
+    @property
+    def unmatched(self) -> tuple[str, ...]:
+        """Patterns of rules that matched no GEMM of this graph, or of those that it calls."""
+        return tuple(rule.pattern for rule in self.options.rules if rule not in self.matched)
 
     @property
     def watches_cut(self) -> bool:
@@ -175,10 +182,14 @@ class Partition(CustomPartitionerFn):
         if original is not None:
             whole = fx.GraphModule(gm, original)
             before, _ = min_cut_rematerialization_partition(whole, joint_inputs, **kwargs)
-            compile.saved_bytes = SavedBytes(
-                saved.num_bytes(before.graph, compile.leaves, outputs),
-                saved.num_bytes(forward.graph, compile.leaves, outputs),
-            )
+            # A nested region is cut before the graph that calls it, which does not show what of its
+            # outputs the region itself saves: then the bytes are not known.
+            compile.has_regions |= is_called(joint)
+            if not compile.has_regions:
+                compile.saved_bytes = SavedBytes(
+                    saved.num_bytes(before.graph, compile.leaves, outputs),
+                    saved.num_bytes(forward.graph, compile.leaves, outputs),
+                )
             if compile.dump:
                 compile.dump.cut(joint, forward, backward, before, compile.leaves, outputs)
         return forward, backward
@@ -190,9 +201,9 @@ class Partition(CustomPartitionerFn):
 def _choose(graph: fx.Graph, sites: list[Site], compile: Compile) -> list[tuple[Site, Choice]]:
     selection = Selection(compile.options, structure.find(graph, sites), sites)
     choices = [(site, selection.choose(site)) for site in sites]
-    compile.unmatched = tuple(
-        rule.pattern for rule in compile.options.rules if rule not in selection.matched
-    )
+    for site in sites:
+        site.node.meta[SEEN] = True
+    compile.matched |= selection.matched
     return choices
 
 

@@ -15,12 +15,12 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from lpcompile.flow import Flow
 from lpcompile.graph import (
     BACKWARD,
     CASTS,
     TRANSPOSES,
     VIEWS,
-    Flow,
     meta_of,
     users_through,
     value,

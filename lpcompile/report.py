@@ -40,7 +40,10 @@ class SavedBytes(NamedTuple):
 
 @dataclass
 class Report:
-    """One row per GEMM, and the bytes saved for the backward (None in inference)."""
+    """One row per GEMM, and the bytes saved for the backward.
+
+    Those are None in inference, and in a model with nested compile regions.
+    """
 
     rows: list[Row] = field(default_factory=list)
     saved_bytes: SavedBytes | None = None

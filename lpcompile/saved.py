@@ -8,7 +8,8 @@ import torch
 from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lpcompile.graph import Flow, Leaves, hint, module_path
+from lpcompile.flow import Flow, Leaves
+from lpcompile.graph import hint, module_path
 
 
 def copy(graph: fx.Graph) -> fx.Graph:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from torch import fx
 
-from lpcompile.graph import Flow, aten, base, hint, module_path, shape, value
+from lpcompile.flow import Flow, is_called
+from lpcompile.graph import aten, base, calls, hint, module_path, placeholders, root, shape, value
 from lpcompile.recipes import Product
 
 MATMULS: dict[Any, int] = {
@@ -22,6 +23,10 @@ MATMULS: dict[Any, int] = {
     aten._grouped_mm.default: 0,
 }  # first operand
 GATHERS = {aten.index.Tensor, aten.index_select.default, aten.gather.default}
+
+# In the meta of a GEMM that was looked at: Inductor (torch 2.11 to 2.13) runs the joint passes on a
+# nested region and once more on the forward and the backward that it is cut into.
+SEEN = "lowprec_seen"
 
 
 @dataclass
@@ -58,11 +63,11 @@ class Site:
 
 def find(graph: fx.Graph, flow: Flow) -> list[Site]:
     """Every mm, addmm, bmm and _grouped_mm of a joint (or inference) graph, in graph order."""
-    nodes = [n for n in graph.nodes if n.op == "call_function" and n.target in MATMULS]
+    nodes = [n for n in calls(graph, MATMULS) if SEEN not in n.meta]
     forward = [_forward(n, flow) for n in nodes if n not in flow.gradients]
     partners: dict[Any, list[Site]] = defaultdict(list)
     for site in forward:
-        if site.is_linear and "seq_nr" in site.node.meta:
+        if "seq_nr" in site.node.meta:
             partners[site.node.meta["seq_nr"]].append(site)
     backward = [_backward(n, flow, partners, forward) for n in nodes if n in flow.gradients]
     order = {n: i for i, n in enumerate(nodes)}
@@ -100,6 +105,8 @@ def _forward(node: fx.Node, flow: Flow) -> Site:
         _group(site)
     if site.grouping == "batch" and site.m is not None:
         site.m *= site.num_groups
+    if site.weight is not None and not site.module:
+        site.module = flow.modules.get(root(site.weight), "")
     site.obstacle = site.obstacle or _form(node) or _weight_form(site)
     return site
 
@@ -143,9 +150,7 @@ def _backward(
     other = rhs if gradients[0] else lhs
     partner = _partner(node, other, partners, forward)
     if partner is None:
-        same = next((s for s in forward if _is_of(s.node, node)), None)
-        site.is_linear, site.obstacle = False, same.obstacle if same else ACTIVATIONS
-        return site
+        return _without_forward(site, other, flow, forward)
     site.forward, site.module = partner, partner.module or site.module
     site.m, site.n, site.k = partner.m, partner.n, partner.k
     _group(site)
@@ -155,6 +160,39 @@ def _backward(
         site.product = "wgrad"
     site.obstacle = _form(node) or _weight_form(partner)
     return site
+
+
+def _without_forward(site: Site, other: fx.Node, flow: Flow, forward: list[Site]) -> Site:
+    """The backward of a ``torch.cond`` is a graph of its own, without the forward's products."""
+    r, s, c = site.m, site.n, site.k
+    weight: fx.Node | None
+    if other in flow.weights:
+        site.weight, weight = other, root(other)
+        site.m, site.n, site.k = (r, c, s) if site.lhs_is_first else (s, c, r)
+    elif (weight := _weight_of(site.node, flow)) is not None:
+        site.product = "wgrad"
+        site.m, site.n, site.k = (c, r, s) if site.lhs_is_first else (c, s, r)
+    else:
+        same = next((s for s in forward if _is_of(s.node, site.node)), None)
+        site.is_linear, site.obstacle = False, same.obstacle if same else ACTIVATIONS
+        return site
+    site.module = site.module or flow.modules.get(weight, "")
+    _group(site)
+    grouped = "a grouped product in the backward of a torch.cond" if site.grouping else ""
+    site.obstacle = grouped or _form(site.node)
+    return site
+
+
+def _weight_of(node: fx.Node, flow: Flow) -> fx.Node | None:
+    """The weight whose gradient a called graph, which gives one for each input, gives as node."""
+    primals = [n for n in placeholders(node.graph) if n not in flow.gradients]
+    (made,) = node.graph.output_node().args
+    gradients: Any = made
+    if not is_called(node.graph) or len(gradients) != len(primals):
+        return None
+    pairs = zip(primals, gradients, strict=True)
+    of = (p for p, g in pairs if p in flow.weights and isinstance(g, fx.Node) and root(g) is node)
+    return next(of, None)
 
 
 def _mnk_unknown(lhs: fx.Node, rhs: fx.Node) -> tuple[int | None, int | None, int | None]:
@@ -170,9 +208,13 @@ def _partner(
     Inside a user's autograd.Function the backward GEMMs have the seq_nr of the Function, which no
     forward GEMM need share.
     """
-    for site in partners.get(node.meta.get("seq_nr"), ()):
-        if _same(other, site.lhs) or _same(other, site.rhs):
-            return site
+    same = [
+        s
+        for s in partners.get(node.meta.get("seq_nr"), ())
+        if _same(other, s.lhs) or _same(other, s.rhs)
+    ]
+    if same:  # of a product of two activations too, one of which may be the X of a linear
+        return next((s for s in same if s.is_linear), None)
     linears = [s for s in forward if s.is_linear]
     by_weight = next((s for s in linears if _same(other, s.weight)), None)
     return by_weight or next(

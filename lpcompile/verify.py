@@ -27,7 +27,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lpcompile import saved
 from lpcompile.errors import VerifyError
-from lpcompile.graph import BACKWARD, META, TRANSPOSES, VIEWS, Flow, Leaves, is_own, root
+from lpcompile.flow import Flow, Leaves
+from lpcompile.graph import BACKWARD, META, TRANSPOSES, VIEWS, is_own, root
 from lpcompile.ops.define import PRODUCTS
 
 # Their fake outputs are new symbols at every call.

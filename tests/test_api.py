@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+from collections import Counter
 
 import pytest
 import torch
@@ -65,6 +66,43 @@ def test_blocks_are_found_and_alike_ones_share_one_compile():
     assert list(blocks) == [f"layers.{i}" for i in range(6)]
     assert len(compiles) == 1
     assert len(recipes(compiles)) == 6
+
+
+def test_blocks_of_torchs_own_classes_are_compiled():
+    m = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(32, 2, 64, dropout=0, batch_first=True), 3
+    ).bfloat16()
+    given, keys = (
+        torch.randn(2, 16, 32, dtype=torch.bfloat16, requires_grad=True),
+        [*m.state_dict()],
+    )
+    assert [*lpcompile.compile_blocks(m, options=EAGER)] == [f"layers.{i}" for i in range(3)]
+    with observe() as compiles:
+        y = m(given)
+        y.sum().backward()
+    assert len(compiles) == 1
+    narrowed = [(r.module, r.product) for r in compiles[0].rows if r.rewritten]
+    assert Counter(narrowed) == {
+        (module, product): 2 if module == "self_attn" else 1
+        for module in ("self_attn", "linear1", "linear2")
+        for product in ("fprop", "dgrad", "wgrad")
+    }
+    for twin in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        assert [*twin.state_dict()] == keys
+        lpcompile.compile_blocks(twin, options=EAGER)
+        assert torch.equal(twin(given), y)
+
+
+def test_a_decorated_class_that_inherits_torchs_forward_is_compiled():
+    class Projection(nn.Linear):
+        pass
+
+    layer = lpcompile.lowprec(options=EAGER)(Projection)(32, 32).bfloat16()
+    with observe() as compiles:
+        layer(x()).sum().backward()
+    assert {p for (_, p), recipe in recipes(compiles).items() if recipe == "fp8_rowwise"} == {
+        *("fprop", "dgrad", "wgrad")
+    }
 
 
 def test_rules_by_depth_make_one_compile_for_each_kind_of_block():

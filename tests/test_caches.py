@@ -19,7 +19,7 @@ from torch.fx.traceback import annotate
 from torch.utils.checkpoint import checkpoint
 
 import lpcompile
-from lpcompile.graph import Leaves
+from lpcompile.flow import Leaves
 from lpcompile.pipeline import graph_key
 
 STEPS = """

@@ -50,6 +50,17 @@ CASES = [
     Case("F.linear", lambda x, w: F.linear(x, w), plain),
     Case("x @ w.T", lambda x, w: x @ w.T, plain),
     Case("torch.mm", lambda x, w: torch.mm(x, w.t()), plain),
+    Case(
+        "torch.addmm",
+        lambda x, w: torch.addmm(torch.arange(96.0).to(x), x, w.t()),
+        lambda f, x, w: f(x, w, torch.arange(96.0).to(x)),
+    ),
+    Case(
+        "torch.addmm of a matrix",
+        lambda x, w: torch.addmm(x @ x.t(), x, w.t()),
+        lambda f, x, w: x @ x.t() + f(x, w),
+        w=(48, 64),
+    ),
     Case("torch.matmul 3-d", lambda x, w: torch.matmul(x, w.t()), plain, x=(3, 16, 64)),
     Case("4-d", lambda x, w: F.linear(x, w), plain, x=(2, 3, 8, 64)),
     Case("1-d", lambda x, w: F.linear(x, w), plain, x=(64,)),
@@ -62,6 +73,19 @@ CASES = [
     Case("transposed output", lambda x, w: F.linear(x, w).t(), transposed),
     Case("square transposed", lambda x, w: F.linear(x, w).t(), transposed, (64, 64), (64, 64)),
     Case("transposed x", lambda x, w: F.linear(x, w), plain, make=lambda x: x.t().clone().t()),
+    Case(
+        "an x whose rows are one",
+        lambda x, w: F.linear(x.expand(48, 64), w),
+        lambda f, x, w: f(x.expand(48, 64), w),
+        x=(1, 64),
+    ),
+    Case(
+        "a dY whose elements are one",
+        lambda x, w: F.linear(x, w).sum(),
+        lambda f, x, w: f(x, w).sum(),
+        bound=0.01,  # the sum itself
+    ),
+    Case("a window of w", lambda x, w: F.linear(x, w[8:72]), lambda f, x, w: f(x, w[8:72])),
     Case(
         "strided x", lambda x, w: F.linear(x[:, ::2], w), lambda f, x, w: f(x[:, ::2], w), (48, 128)
     ),
@@ -129,7 +153,7 @@ def test_a_spelling_has_its_roles_and_the_oracles_gradients(case, device):
     expected = run(lambda x, w: case.oracle(lpcompile.linear, x, w), x, w)
     assert roles(compiles) == dict(case.roles)
     for name, m, e in zip(("y", "dx", "dw"), made, expected, strict=True):
-        columns = (t.reshape(-1, t.shape[-1]) for t in (m, e))
+        columns = (t.reshape(-1, t.shape[-1] if t.dim() else 1) for t in (m, e))
         assert per_column(case.bound)(*columns) == "", name
 
 
@@ -143,5 +167,44 @@ def test_a_recipe_narrows_the_products_it_names(recipe, device):
     named = {p: 1 for p in LINEAR if RECIPES[recipe].gemm(p) is not None}
     assert roles(compiles) == named
     expected = run(lambda x, w: lpcompile.linear(x, w, recipe=recipe), x, w)
+    for m, e in zip(made, expected, strict=True):
+        assert close(m, e) == ""
+
+
+def test_an_addmm_that_scales_its_product_is_left_with_that_reason():
+    x, w = torch.randn(48, 64).bfloat16(), (torch.randn(96, 64) / 8).bfloat16()
+    with observe() as compiles:
+        run(compile(lambda x, w: torch.addmm(x[:, :1], x, w.t(), alpha=2)), x, w)
+    forward = next(r for c in compiles for r in c.rows if r.product == "fprop")
+    assert not forward.rewritten
+    assert forward.reason == "addmm with alpha=2"
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "says"), [((48, 64), (8, 64), "n=8"), ((48, 8), (96, 8), "k=8")], ids=["n", "k"]
+)
+def test_a_gemm_of_fewer_than_16_columns_is_left_with_that_reason(x, w, says):
+    x, w = torch.randn(x).bfloat16(), torch.randn(w).bfloat16()
+    with observe() as compiles:
+        run(compile(F.linear), x, w)
+    assert {r.reason for c in compiles for r in c.rows} == {f"{says} is below 16"}
+    assert roles(compiles) == {}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("count", [0, 1, 7, 40])
+def test_an_unbacked_number_of_rows_is_narrowed(count, device):
+    def chosen(linear, x, w):
+        return linear(x[x[:, 0].nonzero().squeeze(1)], w)
+
+    x = torch.randn(48, 64, device=device).bfloat16()
+    x[:, 0] = 0
+    x[:count, 0] = 1
+    w = (torch.randn(96, 64, device=device) / 8).bfloat16()
+    with observe() as compiles, torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        made = run(compile(lambda x, w: chosen(F.linear, x, w), rewrite="profitable"), x, w)
+    assert roles(compiles) == LINEAR
+    assert {r.m for c in compiles for r in c.rows} == {None}
+    expected = run(lambda x, w: chosen(lpcompile.linear, x, w), x, w)
     for m, e in zip(made, expected, strict=True):
         assert close(m, e) == ""

@@ -1,0 +1,84 @@
+"""``explain``: what it says of a model equals what the backend does, and nothing of it changes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import lpcompile
+from lpcompile.errors import LowPrecisionError
+from lpcompile.pipeline import observe
+
+EAGER = {"rewrite": "all", "codegen": "eager"}
+PRODUCTS = ("fprop", "dgrad", "wgrad")
+
+
+class FFN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w3 = (nn.Linear(64, 96, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(96, 64, bias=False)
+
+    def forward(self, x):
+        return x + self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+@pytest.fixture
+def mesh():
+    """Of two ranks, of which this process is one and the other nobody."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield dist.init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+def data(device="cpu"):
+    return torch.randn(2, 16, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+
+
+def made(device="cpu"):
+    with torch.device(device):
+        return FFN().bfloat16()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_it_says_what_the_backend_does_and_changes_nothing(device):
+    model, x = made(device), data()
+    before = {name: (id(p), p.device, p._version) for name, p in model.named_parameters()}
+    given = data(device)
+    state = torch.get_rng_state()
+    report = lpcompile.explain(model, given, options=EAGER)
+    assert torch.equal(torch.get_rng_state(), state)
+    after = {name: (id(p), p.device, p._version) for name, p in model.named_parameters()}
+    assert after == before
+    model = made()
+    with observe(measures=True) as compiles:
+        torch.compile(model, backend="lowprec", options=EAGER)(x).sum().backward()
+    assert report.rows == compiles[0].rows
+    assert report.saved_bytes == compiles[0].saved_bytes
+    assert len(report.rows) == 9
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_tensor_parallel_model_shows_the_sizes_of_a_shard(mesh, device):
+    plan = {"w1": ColwiseParallel(), "w3": ColwiseParallel(), "w2": RowwiseParallel()}
+    model = parallelize_module(made(device), mesh, plan)
+    parameters = list(model.parameters())
+    report = lpcompile.explain(model, data(device), options=EAGER)
+    shown = sorted((r.module, r.product, r.m, r.n, r.k) for r in report.rows if r.rewritten)
+    sizes = {"w1": (32, 48, 64), "w3": (32, 48, 64), "w2": (32, 64, 48)}
+    assert shown == sorted((name, p, *mnk) for name, mnk in sizes.items() for p in PRODUCTS)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+
+
+def test_a_model_after_fully_shard_is_refused_with_what_to_do(mesh):
+    model = fully_shard(made(), mesh=mesh)
+    with pytest.raises(LowPrecisionError, match="before fully_shard"):
+        lpcompile.explain(model, data(), options=EAGER)
