@@ -119,8 +119,8 @@ class Case:
 
 SPREADS = ("fsdp", "tp", "sp")
 # Of the relative difference to one process, per column of a weight's gradient: what the rounding
-# of the format makes of other scales. e5m2 is twice as coarse as e4m3, e2m1 four times.
-BOUNDS = dict(fp8_rowwise=0.1, fp8_tensorwise=0.3, fp8_blockwise=0.1, mxfp8=0.1, nvfp4=0.5)
+# of the format makes of other scales. e5m2 is twice as coarse as e4m3, e2m1 four times, and draws.
+BOUNDS = dict(fp8_rowwise=0.1, fp8_tensorwise=0.3, fp8_blockwise=0.1, mxfp8=0.1, nvfp4=0.6)
 CHECKPOINTED = [Case(f"{spread} of two layers", spread, num_layers=2) for spread in SPREADS]
 CASES = [
     *CHECKPOINTED,
@@ -241,14 +241,19 @@ def run_checkpoint(case, mesh, folder, recipe=None):
         return loss.item()
 
     model, optimizer = start(seed=0)
-    train(model, optimizer)
+    with observe() as first:
+        train(model, optimizer)
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
     saved = wholes(model.named_parameters())
     if recipe is not None:
         lpcompile.switch(model, recipe)
-    with observe() as compiles:
+    with observe() as second:
         on = train(model, optimizer), wholes(model.named_parameters())
+    if recipe is not None:
+        lpcompile.switch(model, case.recipe)
+    with observe() as third:
+        train(model, optimizer)
 
     torch._dynamo.reset()
     model, optimizer = start(7, replace(case, recipe=recipe or case.recipe))
@@ -256,7 +261,7 @@ def run_checkpoint(case, mesh, folder, recipe=None):
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     resumed = train(model, optimizer), wholes(model.named_parameters())
-    recipes = [{row.recipe for row in c.rows} for c in compiles]
+    recipes = [[{row.recipe for row in c.rows} for c in cs] for cs in (first, second, third)]
     return {"saved": saved, "on": on, "resumed": resumed, "recipes": recipes}
 
 
@@ -422,10 +427,14 @@ def test_a_checkpoint_resumes_to_the_bit_and_loads_without_ranks(world, spread):
     assert set(made[0]["saved"]) == set(weights)
 
 
-def test_a_switch_under_fsdp_and_checkpointing_compiles_once_and_resumes_to_the_bit(world):
+def test_a_switch_under_fsdp_and_checkpointing_resumes_to_the_bit_and_back_compiles_nothing(world):
     for rank in results(world, SWITCHED.name):
         (loss, weights), (loss_resumed, resumed) = rank["on"], rank["resumed"]
-        assert rank["recipes"] == [{"mxfp8"}] or rank["recipes"] == [{"bf16", "mxfp8"}]
+        first, second, third = rank["recipes"]
+        assert first
+        assert set(map(tuple, first)) == {("bf16",)}
+        assert second == [{"mxfp8"}] * len(first)
+        assert third == []
         assert loss == loss_resumed
         assert [n for n in weights if not torch.equal(weights[n], resumed[n])] == []
 
