@@ -1,6 +1,7 @@
 """Low-precision training as a torch.compile backend."""
 
 from lpcompile.api import compile_blocks, lowprec
+from lpcompile.convert import convert
 from lpcompile.dumps import dump
 from lpcompile.errors import LowPrecisionError, LowPrecisionWarning
 from lpcompile.explain import explain
@@ -12,6 +13,7 @@ from lpcompile.options import Options, Rule, set_defaults
 from lpcompile.quantized import dequantize, quantize
 from lpcompile.recipes import RECIPES, Gemm, Operand, Recipe
 from lpcompile.report import Report, Row
+from lpcompile.switch import switch
 
 __all__ = [
     "FORMATS",
@@ -28,6 +30,7 @@ __all__ = [
     "Row",
     "Rule",
     "compile_blocks",
+    "convert",
     "dequantize",
     "dump",
     "explain",
@@ -36,4 +39,5 @@ __all__ = [
     "lowprec",
     "quantize",
     "set_defaults",
+    "switch",
 ]

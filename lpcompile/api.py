@@ -24,6 +24,8 @@ from lpcompile.select import Depth
 T = TypeVar("T", bound=Callable[..., Any])
 Blocks = type[nn.Module] | Iterable[nn.Module] | None
 
+SWITCHED = "_lpcompile_recipe"  # on an instance of a decorated class, the recipe it is switched to
+
 
 def compile_blocks(
     model: nn.Module,
@@ -95,24 +97,34 @@ def lowprec(
 def _compiled(
     function: T, options: Options, chosen: Mapping[str, Any], fullgraph: bool, dynamic: bool | None
 ) -> T:
-    compiled = torch.compile(
-        _not_skipped(function),
-        backend="lowprec",
-        options=dict(chosen),
-        fullgraph=fullgraph,
-        dynamic=dynamic,
-    )
-    if not options.rules:
-        return functools.wraps(function)(compiled)  # type: ignore[return-value]
     checked: set[type] = set()
+
+    @functools.cache
+    def compiled(recipe: str | Recipe | None) -> Callable[..., Any]:
+        given = {**chosen, **({} if recipe is None else {"recipe": recipe})}
+        return torch.compile(
+            _not_skipped(function),
+            backend="lowprec",
+            options=given,
+            fullgraph=fullgraph,
+            dynamic=dynamic,
+        )
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if args and isinstance(args[0], nn.Module) and type(args[0]) not in checked:
-            _check(options.rules, [clean_path(name) for name, _ in args[0].named_modules()])
-            checked.add(type(args[0]))
-        return compiled(*args, **kwargs)
+        if torch.compiler.is_compiling():  # an outer compile traces what is decorated
+            return function(*args, **kwargs)
+        recipe = None
+        if args and isinstance(args[0], nn.Module):
+            recipe = getattr(args[0], SWITCHED, None)
+            if options.rules and type(args[0]) not in checked:
+                check_rules(
+                    options.rules, [clean_path(name) for name, _ in args[0].named_modules()]
+                )
+                checked.add(type(args[0]))
+        return compiled(recipe)(*args, **kwargs)
 
+    call._lpcompile_compiles = True  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
 
 
@@ -173,7 +185,7 @@ def _resolve(
 ) -> dict[str, tuple[Rule, ...]]:
     """For every block, the rules in paths of its own: equal for alike blocks, so they share."""
     names = {name: clean_path(name) for name, _ in model.named_modules()}
-    _check(options.rules, list(names.values()))
+    check_rules(options.rules, list(names.values()))
     depth = Depth(set(names.values()))
     resolved = {}
     for path, block in blocks.items():
@@ -189,7 +201,8 @@ def _resolve(
     return resolved
 
 
-def _check(rules: Iterable[Rule], names: list[str]) -> None:
+def check_rules(rules: Iterable[Rule], names: list[str]) -> None:
+    """RuleError for a rule that admits none of a model's module paths."""
     depth = Depth(set(names))
     for rule in rules:
         if not any(depth.admits(rule, name) for name in names):

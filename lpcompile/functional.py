@@ -5,13 +5,15 @@
 The compiled path traces the same ``gemm.mm``, so per linear, on the same x, it gives these bits.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.distributed.tensor import DTensor
 
-from lpcompile import gemm
+from lpcompile import gemm, sharded
 from lpcompile.errors import ShapeError
 from lpcompile.recipes import DEFAULT, Gemm, Recipe, get_recipe
 
@@ -55,11 +57,16 @@ def linear(
 ) -> Tensor:
     """``F.linear`` with each of its three GEMMs as ``recipe`` says, eager and differentiable.
 
-    x[..., K] and w[N, K] bf16, bias[N] -> [..., N] bf16. ShapeError for other dtypes or shapes.
+    x[..., K] and w[N, K] bf16, bias[N] -> [..., N] bf16, DTensors if w is one. ShapeError for other
+    dtypes or shapes.
     """
+    if isinstance(w, DTensor):
+        y: Tensor = sharded.linear(x, w, partial(linear, recipe=recipe))
+        return y if bias is None else y + bias
     if x.dtype != torch.bfloat16 or w.dtype != torch.bfloat16:
         raise ShapeError(
-            f"linear narrows bf16 operands, got x {x.dtype} and w {w.dtype}: cast both to bf16"
+            f"linear narrows bf16 operands, got x {x.dtype} and w {w.dtype}: cast both to bf16, or "
+            f"run a converted model under torch.autocast({x.device.type!r}, torch.bfloat16)"
         )
     if w.dim() != 2 or x.dim() < 1 or x.shape[-1] != w.shape[-1]:
         raise ShapeError(

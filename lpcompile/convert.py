@@ -1,0 +1,147 @@
+"""``lpcompile.convert(model)``: low precision without the compiler, linear by linear.
+
+Every ``nn.Linear`` becomes one over ``lpcompile.linear``, in place: the same module with the same
+parameters, hooks and state_dict keys and another class, as FSDP2 does it, so that whoever holds
+the module (a tied layer, an optimizer, tensor parallelism) holds the converted one. Building new
+modules would lose the hooks, and with them tensor parallelism.
+
+There is no graph to look at here, so what stays in bf16 by structure is found in the modules: an
+LM head has a row for each row of an embedding, a router one for each of the experts beside it.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpcompile import functional
+from lpcompile.api import check_rules
+from lpcompile.graph import clean_path
+from lpcompile.options import Rule, parse
+from lpcompile.recipes import DEFAULT, PRODUCTS, Recipe, get_recipe, name_of
+from lpcompile.report import Report, Row
+from lpcompile.select import SMALLEST, Depth
+
+
+class Converted(nn.Module):
+    """What ``convert`` made of a module.
+
+    is_named: a rule gave it its recipe, which ``switch`` leaves as it is.
+    """
+
+    recipe: Recipe
+    is_named: bool
+
+
+class Linear(Converted, nn.Linear):
+    """``nn.Linear`` with its three GEMMs as a recipe says; x and weight bf16, or under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[..., K] -> y[..., N]."""
+        w: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            x, w = x.to(dtype), w.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        if self.recipe.is_bf16:
+            return F.linear(x, w, bias)
+        return functional.linear(x, w, bias, recipe=self.recipe)
+
+    def extra_repr(self) -> str:
+        """The sizes, and the recipe's name."""
+        return f"{super().extra_repr()}, recipe={name_of(self.recipe)}"
+
+
+def convert(
+    model: nn.Module, recipe: str | Recipe = DEFAULT, *, rules: Iterable[Any] = ()
+) -> Report:
+    """Have every ``nn.Linear`` of a model compute as a recipe says, eager; changes it in place.
+
+    rules: as in Options, with paths from ``model``; RuleError for one that matches no module.
+    To be called before ``fully_shard``; before or after ``parallelize_module``. A row per product
+    of every linear comes back, with the reason for each left alone; M is not known, and the rows
+    say nothing of a batch's cost.
+    """
+    options = parse({"recipe": recipe, "rules": tuple(rules)})
+    paths = {name: clean_path(name) for name, _ in model.named_modules()}
+    check_rules(options.rules, list(paths.values()))
+    depth, structural = Depth(set(paths.values())), _structural(model)
+    report = Report()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            report.rows += _experts(paths[name], module)
+            continue
+        rule = next((r for r in options.rules if depth.admits(r, paths[name])), None)
+        chosen = get_recipe(rule.recipe if rule else options.recipe)
+        reason = _obstacle(module)
+        if not (rule and not rule.is_catch_all):
+            reason = reason or structural.get(module, "")
+        if not reason and not (rule and chosen.is_bf16):
+            # A whole model may start in bf16, and be switched.
+            module.__class__ = Linear
+            vars(module).update(recipe=chosen, is_named=rule is not None)
+        report.rows += _rows(paths[name], module, chosen, rule, reason)
+    return report
+
+
+def _obstacle(module: nn.Linear) -> str:
+    """Why a linear cannot be converted, or nothing."""
+    if type(module) not in (nn.Linear, Linear):
+        return f"a {type(module).__name__}, which may use its weight without calling nn.Linear"
+    for letter, size in (("n", module.out_features), ("k", module.in_features)):
+        if size < SMALLEST:
+            return f"{letter}={size} is below {SMALLEST}"
+    return ""
+
+
+def _structural(model: nn.Module) -> dict[nn.Module, str]:
+    """The linears that stay bf16 unless a rule names them, with the reason."""
+    found: dict[nn.Module, str] = {}
+    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        above = model.get_submodule(".".join(name.split(".")[:-2]))
+        if module.out_features in vocabularies:
+            found[module] = "an LM head: it has a row for each row of an embedding"
+        elif module.out_features in _experts_under(above):
+            found[module] = "a router: it has a row for each of the experts beside it"
+    return found
+
+
+def _experts_under(module: nn.Module) -> set[int]:
+    """How many experts there are in the stacks of weights, and lists of modules, of a module."""
+    stacks = {p.shape[0] for p in module.parameters() if p.dim() == 3}
+    lists = {len(m) for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
+    return stacks | lists
+
+
+def _experts(path: str, module: nn.Module) -> list[Row]:
+    """Rows of a module's own stacks of weights[E, N, K], which are left alone."""
+    stacks = [p.shape for p in module.parameters(recurse=False) if p.dim() == 3]
+    why = "a stack of experts: only compiled, by backend='lowprec'"
+    return [
+        Row(path, product, None, n, k, e, "bf16", False, why)
+        for e, n, k in stacks
+        for product in PRODUCTS
+    ]
+
+
+def _rows(
+    path: str, module: nn.Linear, recipe: Recipe, rule: Rule | None, reason: str
+) -> list[Row]:
+    rows = []
+    label, asked = name_of(recipe), f"rule {rule.pattern!r}" if rule else ""
+    for product in PRODUCTS:
+        is_narrow = not reason and recipe.gemm(product) is not None
+        why = reason or asked
+        if not is_narrow and not why:
+            why = "recipe bf16" if recipe.is_bf16 else f"{label} leaves {product} in bf16"
+        shown = label if is_narrow else "bf16"
+        sizes = (None, module.out_features, module.in_features)
+        rows.append(Row(path, product, *sizes, 1, shown, is_narrow, why))
+    return rows
