@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import lpcompile.lowerings  # noqa: F401  registers them with Inductor
 from lpcompile import ops
@@ -20,7 +21,8 @@ from lpcompile.bench.report import Row
 from lpcompile.bench.timing import copy_bandwidth, interleave
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-GEMMS = (ops.scaled_mm,)  # measured by `bench gemm`
+GEMMS = (ops.scaled_mm, ops.scaled_grouped_mm)  # measured by `bench gemm` and `bench experts`
+NUM_GROUPS = 8
 
 
 def _narrow(x: Tensor) -> tuple[Any, ...]:
@@ -39,18 +41,118 @@ def _alone(x: Tensor) -> tuple[Any, ...]:
     return (x,)
 
 
+def _micro(x: Tensor) -> tuple[Any, ...]:
+    return (x, E4M3, False)
+
+
+def _nearest(x: Tensor) -> tuple[Any, ...]:
+    return (x, ops.amax_tensor.op(x), None, 0)
+
+
+def _signs(x: Tensor) -> tuple[Any, ...]:
+    return (x, ops.hadamard.SIGNS)
+
+
+def _scales(x: Tensor) -> Tensor:
+    """e8m0 scales [R, C / 32] as swizzles read them, a byte for 32 elements of x."""
+    return ops.quantize_mxfp8.op(x, E4M3, False)[1]
+
+
+def _stacked_scales(x: Tensor) -> tuple[Any, ...]:
+    return (_scales(x).unflatten(0, (NUM_GROUPS, -1)),)
+
+
+def _ends(size: int, device: torch.device) -> Tensor:
+    """The ends of groups that share ``size`` rows as equally as can be."""
+    return (torch.arange(1, NUM_GROUPS + 1, device=device) * size // NUM_GROUPS).int()
+
+
+def _grouped(x: Tensor) -> tuple[Any, ...]:
+    return (x, _ends(x.shape[0], x.device))
+
+
+def _grouped_with_amax(x: Tensor) -> tuple[Any, ...]:
+    offs = _ends(x.shape[0], x.device)
+    return (x, ops.amax_column_grouped.op(x, offs), offs, E4M3, True)
+
+
+def _grouped_blocks(x: Tensor) -> tuple[Any, ...]:
+    return (x, _ends(x.shape[0], x.device), E4M3, True)
+
+
+def _grouped_scales(x: Tensor) -> tuple[Any, ...]:
+    scales = _scales(x)
+    return (scales, _ends(scales.shape[0], x.device))
+
+
+def _grouped_scales_t(x: Tensor) -> tuple[Any, ...]:
+    scales = _scales(x)
+    return (scales, _ends(scales.shape[1], x.device))
+
+
+def _dequantized(x: Tensor) -> tuple[Any, ...]:
+    return ops.quantize_mxfp8.op(x, E4M3, False)
+
+
+# gate, up and dh of SwiGLU -> the gradients of gate and up, and h, as ``passes/fuse.py`` writes it.
+SWIGLU = (
+    "full full full; bf16 v0 = mul(i0, i1); float v1 = v0; float v2 = i2; float v3 = sigmoid(v2);"
+    " float v4 = mul(v1, v3); float v5 = sub(1.0, v3); float v6 = mul(v2, v5);"
+    " float v7 = add(v6, 1.0); float v8 = mul(v4, v7); bf16 v9 = v8; float v10 = mul(v2, v3);"
+    " bf16 v11 = v10; bf16 v12 = mul(v11, i1); bf16 v13 = mul(i0, v11); v9 v12 v13"
+)
+SILU_MUL = "full full; float v0 = i0; float v1 = sigmoid(v0); float v2 = mul(v0, v1);"
+SILU_MUL += " bf16 v3 = v2; bf16 v4 = mul(v3, i1); v4"
+WANTS = ["column0", "row0", "column1", "column2", "row2"]
+FORMS = [f"{r} row e4m3 pow2 {way}" for r, way in ("0t", "0n", "1t", "2t", "2n")]  # of WANTS
+
+
+def _swiglu_amax(x: Tensor) -> tuple[Any, ...]:
+    return ([x, torch.randn_like(x), torch.randn_like(x)], SWIGLU, WANTS)
+
+
+def _swiglu_cast(x: Tensor) -> tuple[Any, ...]:
+    inputs, program, wants = _swiglu_amax(x)
+    return (inputs, ops.fused_amax.op(inputs, program, wants), program, FORMS)
+
+
+def _silu_mul(x: Tensor) -> tuple[Any, ...]:
+    return ([x, torch.randn_like(x)], SILU_MUL, E4M3, True)
+
+
 # Arguments for every op but the GEMMs, given x[R, C] bf16.
 KERNELS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
     ops.amax_column: _alone,
+    ops.amax_column_grouped: _grouped,
     ops.amax_tensor: _alone,
+    ops.amax_tensor_grouped: _grouped,
+    ops.dequantize: _dequantized,
+    ops.fused_amax: _swiglu_amax,
+    ops.fused_cast: _swiglu_cast,
+    ops.fused_quantize_row: _silu_mul,
+    ops.hadamard: _signs,
     ops.quantize_fp8_block: _narrow,
+    ops.quantize_fp8_block_grouped_t: _grouped_blocks,
     ops.quantize_fp8_block_t: _narrow,
+    ops.quantize_fp8_grouped_t: _grouped_with_amax,
     ops.quantize_fp8_row: _narrow,
     ops.quantize_fp8_row_t: _with_column_amax,
     ops.quantize_fp8_square: _narrow,
     ops.quantize_fp8_square_t: _narrow,
     ops.quantize_fp8_tensor: _with_amax,
     ops.quantize_fp8_tensor_t: _with_amax,
+    ops.quantize_mxfp8: _micro,
+    ops.quantize_mxfp8_square: _micro,
+    ops.quantize_mxfp8_square_t: _micro,
+    ops.quantize_mxfp8_t: _micro,
+    ops.quantize_nvfp4: _nearest,
+    ops.quantize_nvfp4_square: _nearest,
+    ops.quantize_nvfp4_square_t: _nearest,
+    ops.quantize_nvfp4_t: _nearest,
+    ops.swizzle: lambda x: (_scales(x),),
+    ops.swizzle_experts: _stacked_scales,
+    ops.swizzle_grouped: _grouped_scales,
+    ops.swizzle_grouped_t: _grouped_scales_t,
 }
 
 
@@ -164,6 +266,6 @@ def name_of(module: Any) -> str:
 
 
 def _bytes(tensors: Any) -> int:
-    """Bytes of every tensor in a tuple, or of one tensor."""
-    flat = (tensors,) if isinstance(tensors, Tensor) else tensors
+    """Bytes of every tensor in what an op takes or makes."""
+    flat = tree_leaves(tensors)
     return sum(t.numel() * t.element_size() for t in flat if isinstance(t, Tensor))
