@@ -9,11 +9,22 @@ LAYERS = [  # from the bottom up; a folder is one unit
     {"errors", "formats"},
     {"recipes", "cost", "options"},
     {"ops"},
-    {"gemm", "gemm_grouped", "quantized", "graph", "flow", "cones", "saved", "liveness", "sites"}
+    {
+        "gemm",
+        "gemm_grouped",
+        "quantized",
+        "graph",
+        "flow",
+        "cones",
+        "saved",
+        "liveness",
+        "sites",
+        "sharded",
+    }
     | {"structure", "select", "placement", "report", "source", "dumps", "verify"},
     {"functional", "grouped", "passes", "lowerings"},
     {"pipeline"},
-    {"backend", "explain", "api"},
+    {"backend", "explain", "api", "convert", "switch"},
     {"bench", "doctor", "__main__"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
