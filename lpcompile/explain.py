@@ -4,12 +4,18 @@ The model's parameters are exchanged for fake ones while Dynamo and AOTAutograd 
 model on the meta device takes seconds and no memory.
 """
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
+import networkx
 import torch
 import torch.distributed as dist
+from networkx.algorithms.flow import boykov_kolmogorov
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses import FakeTensorMode
@@ -96,7 +102,12 @@ def trace(
 
     torch._dynamo.reset()
     try:
-        with observe(measures=True) as seen, mode, stateless._reparametrize_module(model, fakes):
+        with (
+            _hurried(),
+            observe(measures=True) as seen,
+            mode,
+            stateless._reparametrize_module(model, fakes),
+        ):
             torch.compile(model, backend=backend)(*given, **named)
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, LowPrecisionError):
@@ -105,6 +116,24 @@ def trace(
     finally:
         torch._dynamo.reset()
     return seen
+
+
+@contextmanager
+def _hurried() -> Iterator[None]:
+    """A third less time for the same report: no garbage collection, and a quicker minimum cut.
+
+    Every maximum flow leaves the same nodes that reach the sink, so the cut is the same whichever
+    algorithm finds it; networkx's default takes five times as long on these graphs.
+    """
+    quick = partial(networkx.minimum_cut, flow_func=boykov_kolmogorov)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with patch.object(networkx, "minimum_cut", quick):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _fake(x: Any, mode: FakeTensorMode, device: torch.device) -> Any:

@@ -53,8 +53,12 @@ class Annotated(Model):
             return super().forward(x)
 
 
-def step(annotated=False, name="up", recipes={}, **options):
+def step(annotated=False, name="up", recipes={}, own=False, **options):
     torch._dynamo.reset()
+    if own:
+        row, tensor = lpcompile.Operand("fp8", "row"), lpcompile.Operand("fp8", "tensor")
+        recipe = lpcompile.Recipe(lpcompile.Gemm(row, row), None, lpcompile.Gemm(tensor, tensor))
+        options.update(recipe=recipe, rules=[lpcompile.Rule("*", recipe)])
     lpcompile.RECIPES.update({n: lpcompile.RECIPES[r] for n, r in recipes.items()})
     torch.manual_seed(0)
     model = (Annotated if annotated else Model)(name).bfloat16()
@@ -107,6 +111,7 @@ ANNOTATED = {"annotated": True}
 TENSORWISE = {"recipe": "fp8_tensorwise"}
 RULED = {"rules": [["up", "bf16"]], "name": "up"}
 RULED_NOT = {"rules": [["up", "bf16"]], "name": "down"}
+OWN = {"own": True}  # Recipe and Rule objects among the options
 MINE = {"recipe": "mine", "recipes": {"mine": "fp8_rowwise"}}
 MINE_CHANGED = {"recipe": "mine", "recipes": {"mine": "fp8_tensorwise"}}
 
@@ -119,22 +124,22 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def first(folder):
     """The steps of a process that finds an empty cache."""
-    return run([PLAIN, RULED, MINE], folder)[0]
+    return run([PLAIN, RULED, MINE, OWN], folder)[0]
 
 
 @pytest.fixture(scope="module")
 def second(folder, first):
     """The steps of the process after it, by name."""
-    names = ("PLAIN", "ANNOTATED", "TENSORWISE", "RULED", "RULED_NOT", "MINE_CHANGED")
+    names = ("PLAIN", "ANNOTATED", "TENSORWISE", "RULED", "RULED_NOT", "MINE_CHANGED", "OWN")
     steps = [globals()[name] for name in names]
     # The annotation and the recipe are taken away again.
     made, _ = run([*steps, PLAIN, ANNOTATED], folder)
     return dict(zip((*names, "PLAIN again", "ANNOTATED again"), made, strict=True))
 
 
-@pytest.mark.parametrize("name", ["PLAIN", "RULED", "PLAIN again"])
+@pytest.mark.parametrize("name", ["PLAIN", "RULED", "OWN", "PLAIN again"])
 def test_a_hit_says_so_and_equals_its_miss_to_the_bit(first, second, name):
-    missed = first[0 if "PLAIN" in name else 1]
+    missed = first[{"PLAIN": 0, "RULED": 1, "OWN": 3}[name.split()[0]]]
     assert not missed.is_cached
     assert second[name] == ("lpcompile: from cache", missed.bits)
 
