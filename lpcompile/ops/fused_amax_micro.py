@@ -18,7 +18,7 @@ from torch._inductor.codecache import PyCodeCache
 from lpcompile.ops import amax_tensor, fp8, fused_amax, hadamard, micro_source, pointwise
 from lpcompile.ops.define import define, same_bits
 
-BM, BC, ROWS, WARPS = 1, 128, 256, 4  # runs and columns of a tile, rows a program goes down, warps
+BM, BC, ROWS, WARPS = 1, 256, 256, 4  # runs and columns of a tile, rows a program goes down, warps
 
 
 def outputs(inputs: list[Tensor], program: str, wants: list[str]) -> list[Tensor]:
@@ -36,9 +36,9 @@ def reference(inputs: list[Tensor], program: str, wants: list[str]) -> list[Tens
 
 
 @cache
-def kernel(program: str, wants: tuple[str, ...]) -> Any:
+def kernel(program: str, wants: tuple[str, ...], even: bool) -> Any:
     """The generated kernel."""
-    return PyCodeCache.load(micro_source.amax_source(program, wants)).kernel
+    return PyCodeCache.load(micro_source.amax_source(program, wants, even)).kernel
 
 
 def launch(inputs: list[Tensor], program: str, wants: list[str]) -> list[Tensor]:
@@ -47,9 +47,10 @@ def launch(inputs: list[Tensor], program: str, wants: list[str]) -> list[Tensor]
         return reference(inputs, program, wants)
     M, C = full.shape
     made = [a.zero_() for a in outputs(inputs, program, wants)]
-    kernel(program, tuple(wants))[(triton.cdiv(C, BC), triton.cdiv(M, ROWS))](
+    even = M % ROWS == 0 and C % BC == 0
+    kernel(program, tuple(wants), even)[(triton.cdiv(C, BC), triton.cdiv(M, ROWS))](
         *(x.contiguous() for x in inputs), *(a.view(torch.int32) for a in made),
-        M, C, ROWS, BM, BC, False, num_warps=WARPS, enable_fp_fusion=False,
+        M, C, ROWS, BM, BC, False, even, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return made
 

@@ -32,17 +32,9 @@ from lpcompile.ops import (
 from lpcompile.ops.define import define, round_up, same_bits
 from lpcompile.ops.micro_source import E4M3, Form, parse_form
 
-# (way is "n", size of a block, rows of one) -> rows or runs, and columns, of a tile; 4 warps.
-TILES = {
-    (True, 32, 1): (16, 256),
-    (True, 16, 1): (16, 256),
-    (True, 32, 32): (64, 64),
-    (True, 16, 16): (64, 64),
-    (False, 32, 1): (1, 128),
-    (False, 16, 1): (2, 128),
-    (False, 32, 32): (1, 128),
-    (False, 16, 16): (2, 128),
-}
+# (blocks of x or of x.T, shared by one row) -> rows or runs, and columns, of a tile; 4 warps.
+TILES = {(True, True): (16, 256), (True, False): (64, 64), (False, True): (2, 128)}
+TILES[False, False] = TILES[False, True]
 
 
 def outputs(
@@ -93,9 +85,9 @@ def _transformed(x: Tensor) -> Tensor:
 
 
 @cache
-def kernel(program: str, forms: tuple[str, ...], native: bool) -> Any:
+def kernel(program: str, forms: tuple[str, ...], even: bool) -> Any:
     """The generated kernel."""
-    return PyCodeCache.load(micro_source.cast_source(program, forms, native)).kernel
+    return PyCodeCache.load(micro_source.cast_source(program, forms, even)).kernel
 
 
 def launch(
@@ -115,21 +107,32 @@ def launch(
         if form.swizzled and _is_padded(form, M, C):
             made[2 * i + 1].zero_()
     whole, native = [x.contiguous() for x in inputs], blocks.runs_native(full)
-    for key in dict.fromkeys(map(_tile, parsed)):
-        mine = [i for i, form in enumerate(parsed) if _tile(form) == key]
-        (BM, BC), run = TILES[key], 1 if key[0] else key[1]
+    for key in dict.fromkeys(map(_kernel_of, parsed)):
+        mine = [i for i, form in enumerate(parsed) if _kernel_of(form) == key]
+        (BM, BC), form = tile(parsed[mine[0]]), parsed[mine[0]]
+        run = 1 if form.way == "n" else form.size
+        # In even sizes the operand has no padding either: it is of 32 elements.
+        even = M % max(BM * run, 32) == 0 and C % max(BC, 32) == 0
         tensors = [t for i in mine for t in (*made[2 * i : 2 * i + 2], amax_of[i]) if t is not None]
         if any(parsed[i].draw is not None for i in mine):
             tensors.append(seed)  # type: ignore[arg-type]
         grid = (triton.cdiv(C, BC), triton.cdiv(M, BM * run))
-        kernel(program, tuple(forms[i] for i in mine), native)[grid](
-            *whole, *tensors, M, C, BM, BC, native, num_warps=4, enable_fp_fusion=False
+        kernel(program, tuple(forms[i] for i in mine), even)[grid](
+            *whole, *tensors, M, C, BM, BC, native, even, num_warps=4, enable_fp_fusion=False
         )
     return made
 
 
-def _tile(form: Form) -> tuple[bool, int, int]:
-    return form.way == "n", form.size, form.rows
+def tile(form: Form) -> tuple[int, int]:
+    """Rows (of x.T: runs) and columns of a form's tile."""
+    return TILES[form.way == "n", form.rows == 1]
+
+
+def _kernel_of(form: Form) -> tuple[int, ...]:
+    """What forms made by one kernel share; that of x.T holds the runs of one result."""
+    if form.way == "n":
+        return -1, form.size, form.rows
+    return form.result, form.size, form.rows
 
 
 def _is_padded(form: Form, M: int, C: int) -> bool:

@@ -62,10 +62,10 @@ def parse_form(text: str) -> Form:
     return Form(int(result), way, int(rows), how, layout == "swizzled")
 
 
-def cast_source(program: str, forms: tuple[str, ...], native: bool) -> str:
+def cast_source(program: str, forms: tuple[str, ...], even: bool) -> str:
     """A module with a ``kernel`` of forms that are all of x, or all of x.T in blocks of one size.
 
-    native: with the conversions of Blackwell.
+    even: M and C are multiples of every tile, so that nothing is masked or padded.
     """
     named, parsed = pointwise.parse(program), [parse_form(f) for f in forms]
     pointers = fused_source._pointers(named)
@@ -88,30 +88,33 @@ def cast_source(program: str, forms: tuple[str, ...], native: bool) -> str:
         for i, form in enumerate(parsed):
             tile = f"{'hadamard' if form.way == 'h' else 'tensor'}{form.result}"
             body.append(_store(i, form, tile))
-    return _module(program, forms, named, [*pointers, "M", "C"], body)
+    return _module(program, forms, named, [*pointers, "M", "C"], body, even)
 
 
-def amax_source(program: str, wants: tuple[str, ...]) -> str:
+def amax_source(program: str, wants: tuple[str, ...], even: bool) -> str:
     """A module with the ``kernel`` of ``fused_amax_micro``: tiles of BM runs, ROWS rows down."""
     named = pointwise.parse(program)
     loop = [
         "run = tl.program_id(1) * ROWS + i + tl.arange(0, BM) * 16",
         *_rows(named, set(wants), 16),
-        *(f"best_{want} = tl.maximum(best_{want}, fp8.abs_bits({want}))" for want in wants),
+        *(
+            f"best_{want} = tl.maximum(best_{want}, tl.max(fp8.abs_bits({want}), axis=1))"
+            for want in wants
+        ),
     ]
     body = [
         "c = tl.program_id(0) * BC + tl.arange(0, BC)",
-        *(f"best_{want} = tl.zeros([BM * BC, 16], tl.int32)" for want in wants),
+        *(f"best_{want} = tl.zeros([BM * BC], tl.int32)" for want in wants),
         "for i in range(0, ROWS, BM * 16):",
         *(f"    {line}" for line in loop),
     ]
     for want in wants:
         body += [
-            f"{want} = fp8.amax_of_bits(tl.max(tl.max(best_{want}, axis=1), axis=0))",
+            f"{want} = fp8.amax_of_bits(tl.max(best_{want}, axis=0))",
             f'tl.atomic_max({want}_ptr, {want}.to(tl.int32, bitcast=True), sem="relaxed")',
         ]
     pointers = [*fused_source._pointers(named), *(f"{want}_ptr" for want in wants)]
-    return _module(program, wants, named, [*pointers, "M", "C", "ROWS"], body)
+    return _module(program, wants, named, [*pointers, "M", "C", "ROWS"], body, even)
 
 
 def _rows(program: pointwise.Program, wants: set[str], size: int) -> list[str]:
@@ -145,7 +148,7 @@ def _store(i: int, form: Form, tile: str) -> str:
         "h": "row, first, C, (M + 15) // 16 * 16",
     }
     common = f"{tile}, {size[form.way]}, q{i}_ptr, s{i}_ptr"
-    last = f"{form.rows}, {form.swizzled}, NATIVE"
+    last = f"{form.rows}, {form.swizzled}, NATIVE, EVEN"
     if form.size == 32:
         limit, exponent = fp8.MAX[E4M3], mx.EXPONENT[E4M3]
         floor = form.how == "floor"
@@ -160,14 +163,16 @@ def _module(
     named: pointwise.Program,
     parameters: Sequence[str],
     body: list[str],
+    even: bool,
 ) -> str:
     doc = '"""' + program + "\n\n" + "\n".join(wanted) + '\n"""'
     imports = "import triton\nimport triton.language as tl\n\n"
     imports += "from lpcompile.ops import fp8, hadamard, micro_tile"
-    results = ", ".join(f"tl.where(live, f_{r}, 0.0).to(tl.bfloat16)" for r in named.results)
-    tile = [*fused_source._tile(named, False, True), f"return ({results},)"]
+    tiles = (fused_source._live(f"f_{r}", even) for r in named.results)
+    results = "".join(f"({tile}).to(tl.bfloat16), " for tile in tiles)
+    tile = [*fused_source._tile(named, even, True), f"return ({results})"]
     head = ["@triton.jit", f"def produce({', '.join(fused_source._pointers(named))}, m, c, M, C):"]
     producer = "\n".join([*head, *(f"    {line}" for line in tile)])
-    sizes = ["BM: tl.constexpr", "BC: tl.constexpr", "NATIVE: tl.constexpr"]
+    sizes = ["BM: tl.constexpr", "BC: tl.constexpr", "NATIVE: tl.constexpr", "EVEN: tl.constexpr"]
     kernel = fused_source._function([*parameters, *sizes], body)
     return "\n\n\n".join([f"{doc}\n\n{imports}", producer, kernel]) + "\n"

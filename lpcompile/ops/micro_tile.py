@@ -41,13 +41,22 @@ def signed(x, k: tl.constexpr, SIGNS: tl.constexpr):
 
 
 @triton.jit
-def store_scales(s, ptr, row, n, R, N, SWIZZLED: tl.constexpr):
+def store(ptr, value, live, EVEN: tl.constexpr):
+    """``tl.store`` where ``live``, or everywhere."""
+    if EVEN:
+        tl.store(ptr, value)
+    else:
+        tl.store(ptr, value, mask=live)
+
+
+@triton.jit
+def store_scales(s, ptr, row, n, R, N, SWIZZLED: tl.constexpr, EVEN: tl.constexpr):
     """s[BR, n] of an operand whose rows have N scales, plain or in tensor cores' tiles."""
     if SWIZZLED:
         at = swizzle.offset(row[:, None], n, (N + 3) // 4 * 4)
     else:
         at = row[:, None].to(tl.int64) * N + n
-    tl.store(ptr + at, s, mask=(row < R)[:, None] & (n < N))
+    store(ptr + at, s, (row < R)[:, None] & (n < N), EVEN)
 
 
 @triton.jit
@@ -55,6 +64,7 @@ def store_mx(
     x, row, first, R, C, q_ptr, s_ptr,
     LIMIT: tl.constexpr, EXPONENT: tl.constexpr, FLOOR: tl.constexpr,
     ROWS: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """x[BR, BW], BW a multiple of 32, as e4m3 with e8m0 scales."""
     BW: tl.constexpr = x.shape[1]
@@ -62,18 +72,20 @@ def store_mx(
     c = first[:, None] + tl.arange(0, BW)[None, :]
     byte = mx.encode(blocks.tile_amax(x, ROWS, 32), LIMIT, EXPONENT, FLOOR, NATIVE)
     scaled = blocks.tile_scaled(x.to(tl.float32), mx.encoding(byte))
-    live = (row < R)[:, None] & (c < C)
-    values = fp8.narrow(tl.where(live, scaled, 0.0), tl.float8e4nv)
+    if not EVEN:
+        scaled = tl.where((row < R)[:, None] & (c < C), scaled, 0.0)
+    values = fp8.narrow(scaled, tl.float8e4nv)
     at = row[:, None].to(tl.int64) * CP + c
-    tl.store(q_ptr + at, values, mask=(row < R)[:, None] & (c < CP))
+    store(q_ptr + at, values, (row < R)[:, None] & (c < CP), EVEN)
     n = first[:, None] // 32 + tl.arange(0, BW // 32)[None, :]
-    store_scales(byte.to(tl.uint8), s_ptr, row, n, R, CP // 32, SWIZZLED)
+    store_scales(byte.to(tl.uint8), s_ptr, row, n, R, CP // 32, SWIZZLED, EVEN)
 
 
 @triton.jit
 def store_nv(
     x, row, first, R, C, q_ptr, s_ptr, amax_ptr, seed_ptr, draw,
     STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """x[BR, BW], BW a multiple of 16, as e2m1 with e4m3 scales under the tensor's."""
     BW: tl.constexpr = x.shape[1]
@@ -82,14 +94,14 @@ def store_nv(
     tensor = fp4.tile_tensor_scale(tl.load(amax_ptr))
     s = fp4.tile_block_scale(blocks.tile_amax(x, ROWS, 16), tensor)
     scaled = blocks.tile_scaled(x.to(tl.float32), fp4.tile_encode_scale(s, tensor))
-    v = tl.where((row < R)[:, None] & (c < C), scaled, 0.0)
+    v = scaled if EVEN else tl.where((row < R)[:, None] & (c < C), scaled, 0.0)
     seed = tl.load(seed_ptr) if STOCHASTIC else 0
     index = row[:, None].to(tl.int64) * C  # of the row's first element, as the operand counts
     if NATIVE and STOCHASTIC:
         four = first[:, None] // 4 + tl.arange(0, BW // 4)[None, :]
         codes = fp4.native_stochastic(v, index + four * 4, seed, draw)
         out = q_ptr.to(tl.pointer_type(tl.int16)) + row[:, None].to(tl.int64) * (CP // 4)
-        tl.store(out + four, codes, mask=(row < R)[:, None] & (four < CP // 4))
+        store(out + four, codes, (row < R)[:, None] & (four < CP // 4), EVEN)
     else:
         if NATIVE:
             packed = fp4.native_nearest(v)
@@ -97,6 +109,6 @@ def store_nv(
             packed = fp4.tile_pack(fp4.tile_codes(v, index + c, seed, draw, STOCHASTIC))
         two = first[:, None] // 2 + tl.arange(0, BW // 2)[None, :]
         out = q_ptr + row[:, None].to(tl.int64) * (CP // 2)
-        tl.store(out + two, packed, mask=(row < R)[:, None] & (two < CP // 2))
+        store(out + two, packed, (row < R)[:, None] & (two < CP // 2), EVEN)
     n = first[:, None] // 16 + tl.arange(0, BW // 16)[None, :]
-    store_scales(s, s_ptr, row, n, R, CP // 16, SWIZZLED)
+    store_scales(s, s_ptr, row, n, R, CP // 16, SWIZZLED, EVEN)

@@ -36,31 +36,38 @@ TYPES = {"i": "*bf16", "a": "*fp32", "q": "*u8", "s": "*u8", "seed_ptr": "*i64"}
 def assembled(kernel, capability, tile, types=None):
     """The kernel compiled for a capability, with pointers of these types."""
     signature, constants = {}, {}
-    sizes = dict(zip(("BM", "BC", "NATIVE"), tile, strict=True))
+    attributes = {}
+    sizes = dict(zip(("BM", "BC", "NATIVE", "EVEN"), tile, strict=True))
     for i, parameter in enumerate(kernel.params):
         name = parameter.name
         if name in sizes:
             signature[name], constants[(i,)] = "constexpr", sizes[name]
         elif name.endswith("_ptr"):
             signature[name] = {**TYPES, **(types or {})}.get(name) or TYPES[name[0]]
+            attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
-    source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", capability, 32)
+            if name == "C":
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source, target = (
+        ASTSource(kernel, signature, constants, attributes),
+        GPUTarget("cuda", capability, 32),
+    )
     options = {"num_warps": 4, "enable_fp_fusion": False}
     return triton.compile(source, target=target, options=options)
 
 
-@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize(("capability", "even"), [(90, True), (100, True), (100, False)])
 @pytest.mark.parametrize("name", FORMS)
-def test_a_cast_assembles_for_hopper_and_blackwell_with_its_conversions(name, capability):
+def test_a_cast_assembles_for_hopper_and_blackwell_with_its_conversions(name, capability, even):
     forms, conversion = FORMS[name]
     parsed = [parse_form(f) for f in forms]
     native = capability == 100
-    kernel = ops.fused_cast_micro.kernel(SWIGLU, forms, native)
+    kernel = ops.fused_cast_micro.kernel(SWIGLU, forms, even)
     types = {f"q{i}_ptr": "*fp8e4nv" for i, f in enumerate(parsed) if f.size == 32}
     types |= {f"s{i}_ptr": "*fp8e4nv" for i, f in enumerate(parsed) if f.size == 16}
-    tile = ops.fused_cast_micro.TILES[ops.fused_cast_micro._tile(parsed[0])]
-    made = assembled(kernel, capability, (*tile, native), types)
+    tile = ops.fused_cast_micro.tile(parsed[0])
+    made = assembled(kernel, capability, (*tile, native, even), types)
     assert made.asm["cubin"][:4] == b"\x7fELF"
     found = re.findall(r"cvt\.\S*(?:e2m1|ue8m0)\S*", made.asm["ptx"])
     assert bool(found) == (native and bool(conversion))
@@ -70,9 +77,9 @@ def test_a_cast_assembles_for_hopper_and_blackwell_with_its_conversions(name, ca
 
 @pytest.mark.parametrize("wants", [("tensor0",), ("hadamard0",), ("tensor0", "hadamard0")])
 def test_an_amax_assembles_for_hopper(wants):
-    kernel = ops.fused_amax_micro.kernel(SWIGLU, wants)
+    kernel = ops.fused_amax_micro.kernel(SWIGLU, wants, True)
     types = {f"{want}_ptr": "*i32" for want in wants}
-    tile = (ops.fused_amax_micro.BM, ops.fused_amax_micro.BC, False)
+    tile = (ops.fused_amax_micro.BM, ops.fused_amax_micro.BC, False, True)
     assert assembled(kernel, 90, tile, types).asm["cubin"][:4] == b"\x7fELF"
 
 
