@@ -28,7 +28,7 @@ from lpcompile.dumps import Dump
 from lpcompile.flow import Flow, Leaves, is_called
 from lpcompile.graph import hint, module_path
 from lpcompile.options import Options, Rule
-from lpcompile.passes import deduplicate, fuse, grouped_mm, linear
+from lpcompile.passes import deduplicate, fuse, fuse_micro, grouped_mm, linear
 from lpcompile.recipes import get_recipe
 from lpcompile.report import Row, SavedBytes
 from lpcompile.select import Choice, Selection, annotated, annotation
@@ -136,7 +136,11 @@ class PostPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         if self.compile.dump:
             self.compile.dump.given(graph, "post_grad")
-        run_steps(graph, [("fuse", partial(fuse.run, graph))], self.compile)
+        steps: list[tuple[str, Callable[[], int]]] = [
+            ("fuse", partial(fuse.run, graph)),
+            ("fuse_micro", partial(fuse_micro.run, graph)),
+        ]
+        run_steps(graph, steps, self.compile)
 
     def uuid(self) -> str:
         return f"{self.compile.options.verify} {sources()}"

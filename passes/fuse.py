@@ -67,10 +67,10 @@ class Group:
     """Tensors of one shape that are made and quantized together."""
 
     cone: Cone
-    results: list[tuple[str, list[Request]]]
+    results: list[tuple[str, list[Any]]]  # names in the program, and the requests for each
 
     @property
-    def requests(self) -> list[Request]:
+    def requests(self) -> list[Any]:
         """Every quantize of the group."""
         return [r for _, requests in self.results for r in requests]
 
@@ -80,7 +80,7 @@ def run(graph: fx.Graph) -> int:
     requests = _requests(graph)
     private = _private(graph, requests)
     count = 0
-    for group in _groups(requests, private):
+    for group in groups(requests, private):
         if _is_row(group):
             _replace_row(graph, group)
         elif _pays(group):
@@ -116,9 +116,15 @@ def _makes(amax: fx.Node | None, x: fx.Node) -> bool:
 def _private(graph: fx.Graph, requests: dict[fx.Node, list[Request]]) -> set[fx.Node]:
     """Nodes that nobody needs but the quantizes: no fused kernel would compute them twice."""
     asked = [r for rs in requests.values() for r in rs]
-    private = {r.node for r in asked} | {
-        r.amax for r in asked if r.amax is not None and _makes(r.amax, r.x)
-    }
+    return with_producers(
+        graph,
+        {r.node for r in asked}
+        | {r.amax for r in asked if r.amax is not None and _makes(r.amax, r.x)},
+    )
+
+
+def with_producers(graph: fx.Graph, private: set[fx.Node]) -> set[fx.Node]:
+    """The nodes, and the pointwise ones that nobody needs but them."""
     for node in reversed(graph.nodes):
         made_of = node.op == "call_function" and (
             node.target in POINTWISE or node.target in RESHAPES
@@ -131,25 +137,25 @@ def _private(graph: fx.Graph, requests: dict[fx.Node, list[Request]]) -> set[fx.
 _AMAXES = {amax for _, _, amax in QUANTIZES.values() if amax is not None}
 
 
-def _groups(requests: dict[fx.Node, list[Request]], private: set[fx.Node]) -> list[Group]:
+def groups(requests: dict[fx.Node, list[Any]], private: set[fx.Node]) -> list[Group]:
     """Tensors whose producers read the same inputs together, the others by themselves."""
     alone = [_alone(x, rs, private) for x, rs in requests.items()]
-    groups: list[Group] = []
+    made: list[Group] = []
     for group in sorted(alone, key=lambda g: -g.cone.num_full):
-        for other in groups:
+        for other in made:
             if _joins(group, other) and (both := _join(group, other, private)) is not None:
-                groups[groups.index(other)] = both
+                made[made.index(other)] = both
                 break
         else:
-            groups.append(group)
-    return groups
+            made.append(group)
+    return made
 
 
 def _cone(x: fx.Node, private: set[fx.Node]) -> Cone:
     return Cone(shape(x)[0], shape(x)[1], private.__contains__)
 
 
-def _alone(x: fx.Node, requests: list[Request], private: set[fx.Node]) -> Group:
+def _alone(x: fx.Node, requests: list[Any], private: set[fx.Node]) -> Group:
     cone = _cone(x, private)
     try:
         name = cone.add(x)
@@ -223,7 +229,7 @@ def _replace_row(graph: fx.Graph, group: Group) -> None:
     make = partial(call, graph, fake_mode)
     program = group.cone.program([name for name, _ in group.results]).text()
     with graph.inserting_before(request.node):
-        inputs = [_matrix(make, group.cone, leaf, kind) for leaf, kind in group.cone.leaves]
+        inputs = [matrix(make, group.cone, leaf, kind) for leaf, kind in group.cone.leaves]
         made = make(ops.fused_quantize_row.op, inputs, program, *request.node.args[1:])
     request.node.replace_all_uses_with(made)
     graph.erase_node(request.node)
@@ -241,8 +247,8 @@ def _replace(graph: fx.Graph, group: Group) -> None:
     forms = [(r, r.form(i)) for i, (_, rs) in enumerate(group.results) for r in rs]
     after = [leaf for leaf, _ in group.cone.leaves]
     after += [r.amax for r, _ in forms if r.amax is not None and _given(r)]
-    with graph.inserting_before(_last(graph, after).next):
-        inputs = [_matrix(make, group.cone, leaf, kind) for leaf, kind in group.cone.leaves]
+    with graph.inserting_before(last(graph, after).next):
+        inputs = [matrix(make, group.cone, leaf, kind) for leaf, kind in group.cone.leaves]
         wants = list(dict.fromkeys(f.amax for r, f in forms if f.amax and not _given(r)))
         amaxes: dict[str, fx.Node] = {}
         if wants:
@@ -255,14 +261,14 @@ def _replace(graph: fx.Graph, group: Group) -> None:
         ]
     for (request, form), pair in zip(forms, pairs, strict=True):
         for user in list(request.node.users):
-            user.replace_all_uses_with(pair[user.args[1]])  # type: ignore[index]
+            user.replace_all_uses_with(pair[user.args[1]])
             graph.erase_node(user)
         graph.erase_node(request.node)
         if request.amax is not None and not _given(request):
             request.amax.replace_all_uses_with(amaxes[form.amax])
 
 
-def _last(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+def last(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
     """The last of the nodes in graph order, or the last placeholder if that comes later."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     last = max(nodes, key=order.__getitem__)
@@ -271,7 +277,7 @@ def _last(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
     return last
 
 
-def _matrix(make: Any, cone: Cone, leaf: fx.Node, kind: str) -> fx.Node:
+def matrix(make: Any, cone: Cone, leaf: fx.Node, kind: str) -> fx.Node:
     """A leaf in the shape that a program's input of that kind has."""
     wanted = {"full": [-1, cone.columns], "row": [-1, 1], "column": [-1], "scalar": []}[kind]
     if list(shape(leaf)) in (wanted, [cone.rows, cone.columns]):

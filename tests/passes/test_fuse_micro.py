@@ -1,0 +1,79 @@
+"""Fused MXFP8 and NVFP4 quantizes: what is merged, and the bits of the chain."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lpcompile import ops
+from lpcompile.passes import fuse_micro
+from lpcompile.pipeline import observe
+from lpcompile.recipes import RECIPES
+
+MICRO = [n for n, r in RECIPES.items() if r.dgrad is not None and r.dgrad.lhs.fmt.swizzled]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim=64, hidden=96):
+        super().__init__()
+        self.norm = nn.RMSNorm(dim)
+        self.w1, self.w3 = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
+
+
+def step(recipe, device, monkeypatch, fused):
+    """Output and gradients, the calls of each op of ours, and how many quantizes were merged."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    m = FeedForward().to(device).bfloat16()
+    x = torch.randn(2, 40, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    calls = []
+    with monkeypatch.context() as patch, observe() as compiles:
+        run = fuse_micro.run
+
+        def watched(graph):
+            count = run(graph) if fused else 0
+            graph.eliminate_dead_code()
+            calls.extend(n.target for n in graph.nodes if n.op == "call_function")
+            return count
+
+        patch.setattr(fuse_micro, "run", watched)
+        m.compile(
+            backend="lowprec", options={"recipe": recipe, "rewrite": "all", "codegen": "eager"}
+        )
+        y = m(x)
+        torch.manual_seed(1)
+        y.backward(torch.randn_like(y))
+    (compile,) = compiles
+    return [y, x.grad, *(p.grad for p in m.parameters())], calls, compile.counts["fuse_micro"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recipe", MICRO)
+def test_fused_gradients_are_those_of_the_chain_to_the_bit(recipe, device, monkeypatch):
+    made, calls, count = step(recipe, device, monkeypatch, fused=True)
+    chain, before, none = step(recipe, device, monkeypatch, fused=False)
+    assert none == 0
+    assert count >= 10
+    assert calls.count(ops.fused_cast_micro.op) > 3
+    assert ops.fused_cast_micro.op not in before
+    close = (
+        torch.equal if device == "cpu" else lambda a, b: torch.allclose(a, b, rtol=0.1, atol=0.1)
+    )
+    assert [i for i, (a, b) in enumerate(zip(made, chain, strict=True)) if not close(a, b)] == []
+
+
+def test_no_transform_and_no_swizzle_of_an_activation_is_left(monkeypatch):
+    _, calls, _ = step("nvfp4", "cpu", monkeypatch, fused=True)
+    _, before, _ = step("nvfp4", "cpu", monkeypatch, fused=False)
+    assert before.count(ops.hadamard.op) >= 5
+    assert calls.count(ops.hadamard.op) == 0
+    assert calls.count(ops.amax_tensor.op) < before.count(ops.amax_tensor.op) / 2
+    assert before.count(ops.swizzle.op) > 10
+    # Of scales that the forward saves, which a GEMM of the backward reads, no other.
+    assert calls.count(ops.swizzle.op) <= 2
