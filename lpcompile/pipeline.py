@@ -28,7 +28,7 @@ from lpcompile.dumps import Dump
 from lpcompile.flow import Flow, Leaves, is_called
 from lpcompile.graph import hint, module_path
 from lpcompile.options import Options, Rule
-from lpcompile.passes import deduplicate, fuse, fuse_micro, grouped_mm, linear
+from lpcompile.passes import deduplicate, fuse, grouped_mm, linear
 from lpcompile.recipes import get_recipe
 from lpcompile.report import Row, SavedBytes
 from lpcompile.select import Choice, Selection, annotated, annotation
@@ -127,6 +127,11 @@ class JointPass(CustomGraphPass):
         return " ".join((self.compile.key, hashlib.sha256(said.encode()).hexdigest(), sources()))
 
 
+# passes/fuse_micro.py, which does for MXFP8 and NVFP4 what fuse does for FP8, joins when its kernels
+# have run on a GPU: they are assembled and their references tested, no more.
+AFTER_THE_CUT: list[tuple[str, Callable[[fx.Graph], int]]] = [("fuse", fuse.run)]
+
+
 class PostPass(CustomGraphPass):
     """Every pass on a forward or a backward after partitioning."""
 
@@ -136,10 +141,7 @@ class PostPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         if self.compile.dump:
             self.compile.dump.given(graph, "post_grad")
-        steps: list[tuple[str, Callable[[], int]]] = [
-            ("fuse", partial(fuse.run, graph)),
-            ("fuse_micro", partial(fuse_micro.run, graph)),
-        ]
+        steps = [(name, partial(run, graph)) for name, run in AFTER_THE_CUT]
         run_steps(graph, steps, self.compile)
 
     def uuid(self) -> str:
