@@ -52,7 +52,7 @@ def compile_blocks(
         per_block = {**chosen, "rules": resolved[path]}
         # What block.compile does, which pickle and deepcopy know to leave out.
         block._compiled_call_impl = torch.compile(
-            _not_skipped(block._call_impl),
+            not_skipped(block._call_impl),
             backend="lowprec",
             options=per_block,
             fullgraph=fullgraph,
@@ -103,7 +103,7 @@ def _compiled(
     def compiled(recipe: str | Recipe | None) -> Callable[..., Any]:
         given = {**chosen, **({} if recipe is None else {"recipe": recipe})}
         return torch.compile(
-            _not_skipped(function),
+            not_skipped(function),
             backend="lowprec",
             options=given,
             fullgraph=fullgraph,
@@ -128,7 +128,7 @@ def _compiled(
     return call  # type: ignore[return-value]
 
 
-def _not_skipped(function: T) -> T:
+def not_skipped(function: T) -> T:
     """The function, behind a frame of its own where Dynamo would skip it, as it does torch.nn's.
 
     A module of torch's (nn.Sequential, nn.TransformerEncoderLayer) that is compiled by its own

@@ -22,7 +22,7 @@ from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 
-from lpcompile.api import SWITCHED
+from lpcompile.api import SWITCHED, not_skipped
 from lpcompile.backend import lowprec, lowprec_eager
 from lpcompile.convert import Converted
 from lpcompile.errors import LowPrecisionError
@@ -97,7 +97,7 @@ def _switch(module: nn.Module, recipe: str | Recipe) -> bool:
     elif module._compiled_call_impl is not None:
         settings = _settings(_context(module._compiled_call_impl))
         if settings is not None:
-            module._compiled_call_impl = settings.compile(module._call_impl, recipe)
+            module._compiled_call_impl = settings.compile(not_skipped(module._call_impl), recipe)
             changed = True
     return changed
 

@@ -91,6 +91,10 @@ def test_blocks_of_torchs_own_classes_are_compiled():
         assert [*twin.state_dict()] == keys
         lpcompile.compile_blocks(twin, options=EAGER)
         assert torch.equal(twin(given), y)
+    lpcompile.switch(m, "fp8_tensorwise")
+    with observe() as compiles:
+        m(given)
+    assert {r.recipe for r in compiles[0].rows if r.rewritten} == {"fp8_tensorwise"}
 
 
 def test_a_decorated_class_that_inherits_torchs_forward_is_compiled():

@@ -405,6 +405,32 @@ def test_a_checkpointed_block_keeps_its_policy(policy):
     assert (after == rows) == (policy is None)
 
 
+def test_what_the_backward_holds_anyway_is_not_saved_narrowed_too():
+    def swiglu(x, w1, w3, w2):
+        return (F.silu(x @ w1.t()) * (x @ w3.t())) @ w2.t()
+
+    (m, dim, hidden), x = (64, 64, 96), data(64, 64)
+    weights = [nn.Parameter(torch.randn(s).bfloat16()) for s in [(96, 64), (96, 64), (64, 96)]]
+    with observe(measures=True) as compiles:
+        compiled(swiglu)(x, *weights).sum().backward()
+    before, after = compiles[0].saved_bytes
+    assert before == 2 * m * (dim + 3 * hidden)  # x, gate, up and h = silu(gate) * up
+    assert after == 2 * m * (dim + 2 * hidden)  # h is made again where it is narrowed
+
+
+def test_what_the_backward_does_not_hold_is_saved_narrow():
+    def deep(x, w1, w2):
+        return x @ w1.t() @ w2.t()
+
+    (m, dim, hidden), x = (64, 64, 96), data(64, 64)
+    weights = [nn.Parameter(torch.randn(s).bfloat16()) for s in [(96, 64), (64, 96)]]
+    with observe(measures=True) as compiles:
+        compiled(deep)(x, *weights).sum().backward()
+    before, after = compiles[0].saved_bytes
+    assert before == 2 * m * (dim + hidden)
+    assert after == 2 * m * dim + m * hidden + 4 * hidden  # h.T of one byte, a scale a column
+
+
 def test_a_memory_budget_saves_less_and_recomputes_no_weight():
     saved = {}
     for budget in (1.0, 0.4):
