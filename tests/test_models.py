@@ -377,8 +377,9 @@ def must_save_mm(ctx, op, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_tensorwise"])
 @pytest.mark.parametrize("policy", [None, must_save_mm], ids=["all", "selective"])
-def test_a_checkpointed_block_keeps_its_policy(policy):
+def test_a_checkpointed_block_keeps_its_policy(policy, recipe):
     model, x = bf16(FFN()), data(3, 16, 64)
     context = {}
     if policy:
@@ -387,7 +388,9 @@ def test_a_checkpointed_block_keeps_its_policy(policy):
     def block(x):
         return checkpoint(model, x, use_reentrant=False, **context)
 
-    fast = torch.compile(block, backend="lowprec", options=EAGER, fullgraph=True)
+    fast = torch.compile(
+        block, backend="lowprec", options={**EAGER, "recipe": recipe}, fullgraph=True
+    )
     with observe(measures=True) as compiles:
         y = fast(x)
         torch.manual_seed(1)
@@ -395,7 +398,7 @@ def test_a_checkpointed_block_keeps_its_policy(policy):
     made = {"y": y.detach(), "x": x.grad, "w2.weight": model.w2.weight.grad}
     made["w1.weight"], x.grad = model.w1.weight.grad, None
     assert roles(compiles) == times(3)
-    with OracleLinears():
+    with OracleLinears(recipe):
         expected = step(model, x)
     assert_close(made, {k: expected[k] for k in made})
     # x alone is saved, or with it what the policy says: the outputs of the three products.
