@@ -132,6 +132,20 @@ def test_rules_name_modules_by_their_path_in_the_whole_model():
     assert first["down", "fprop"] == second["down", "fprop"] == "bf16"
 
 
+def test_of_two_rules_that_match_the_first_wins():
+    rules = [("layers.*.up", "fp8_tensorwise"), ("layers.*", "bf16")]
+    report = lpcompile.explain(model(1), x(), options={**EAGER, "rules": rules})
+    assert {(r.module, r.recipe) for r in report.rows} == {
+        ("layers.0.up", "fp8_tensorwise"),
+        ("layers.0.down", "bf16"),
+    }
+    m = model(2)
+    lpcompile.compile_blocks(m, rules=rules[::-1], options=EAGER)
+    with observe() as compiles:
+        m(x())
+    assert set(recipes(compiles).values()) == {"bf16"}
+
+
 @pytest.mark.parametrize(
     "resolve",
     [

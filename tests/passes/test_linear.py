@@ -1,5 +1,6 @@
 """Every spelling of a linear: its roles, and its gradients against the eager oracle, per column."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -178,12 +179,25 @@ EXACT = [name for name in NARROW if not RECIPES[name].is_stochastic]
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recipe", EXACT)
 def test_a_transposed_product_gives_each_operand_its_own_format(recipe, device):
-    x = torch.randn(48, 64, device=device).bfloat16()
+    # Rows of x so far apart that a scale of several of them would leave nothing of the smallest.
+    apart = torch.logspace(-5, 1, 48, device=device)[:, None]
+    x = (torch.randn(48, 64, device=device) * apart).bfloat16()
     w = (torch.randn(96, 64, device=device) / 8).bfloat16()
     made = run(compile(lambda x, w: w @ x.T, recipe), x, w)
     expected = run(lambda x, w: lpcompile.linear(x, w, recipe=recipe).t(), x, w)
     for m, e in zip(made, expected, strict=True):
         assert close(m, e) == ""
+
+
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_tensorwise"])
+def test_accumulation_is_fast_where_the_recipe_says(recipe, tmp_path):
+    x, w = torch.randn(48, 64).bfloat16(), torch.randn(96, 64).bfloat16()
+    with lpcompile.dump(tmp_path):
+        run(compile(F.linear, recipe), x, w)
+    text = (tmp_path / "graph_0" / "gemms.txt").read_text()
+    found = re.findall(r"(fprop|dgrad|wgrad)  m=.*?scaled_mm\(.*?(True|False)\)", text, re.DOTALL)
+    assert dict(found) == {p: str(RECIPES[recipe].gemm(p).fast_accum) for p in LINEAR}
+    assert len(set(dict(found).values())) == 2
 
 
 def test_an_addmm_that_scales_its_product_is_left_with_that_reason():
