@@ -87,7 +87,8 @@ def test_kernels_are_charged_for_the_bytes_of_their_tensors(tmp_path):
     row = next(r for r in result.rows if (r["kernel"], r["of"]) == ("quantize_fp8_row", "tiny x"))
     moved = 3 * tokens * dim + 4 * tokens
     assert row["TB/s"] * 1e12 * row["us"] * 1e-6 == pytest.approx(moved)
-    assert {r["kernel"] for r in result.rows} == {kernels.name_of(op) for op in kernels.KERNELS}
+    measured = {r["kernel"].partition(" (")[0] for r in result.rows}
+    assert measured == {kernels.name_of(op) for op in kernels.KERNELS}
 
 
 def test_a_profile_says_what_each_kernel_is(tmp_path):
