@@ -234,6 +234,15 @@ class Shape(NamedTuple):
     C: int
 
 
+# Tokens and weights of mixture-of-experts layers, beside what the models have.
+OF_EXPERTS = (
+    Shape("tokens", 131072, 2048),
+    Shape("tokens", 131072, 7168),
+    Shape("64 experts' weights", 64 * 1408, 2048),
+    Shape("8 experts' weights", 8 * 2048, 7168),
+)
+
+
 def shapes(model: Llama) -> list[Shape]:
     """The activations and the weights of a model's FFN, which are its largest."""
     made = [Shape("x", model.tokens, model.dim), Shape("h", model.tokens, model.hidden)]
@@ -248,25 +257,27 @@ def measure(
     copy = copy_bandwidth(device, repeats, 2**30 if device.type == "cuda" else 2**22)
     torch._dynamo.reset()
     rows = []
-    for model in models:
-        for shape in shapes(model):
-            functions, moved = {}, {}
-            for name, function, inputs in _functions(shape, device, compiled):
-                made = function()
-                functions[name], moved[name] = function, _bytes(inputs) + _bytes(made)
-            for name, timing in interleave(functions, device, repeats).items():
-                bandwidth = moved[name] / (timing.ms * 1e-3)
-                rows.append(
-                    {
-                        "kernel": name,
-                        "of": f"{model.name} {shape.what}",
-                        "R": shape.R,
-                        "C": shape.C,
-                        "us": timing.ms * 1e3,
-                        "TB/s": bandwidth / 1e12,
-                        "share": bandwidth / copy,
-                    }
-                )
+    everything = [(f"{model.name} {s.what}", s) for model in models for s in shapes(model)]
+    if device.type == "cuda":
+        everything += [(shape.what, shape) for shape in OF_EXPERTS]
+    for of, shape in everything:
+        functions, moved = {}, {}
+        for name, function, inputs in _functions(shape, device, compiled):
+            made = function()
+            functions[name], moved[name] = function, _bytes(inputs) + _bytes(made)
+        for name, timing in interleave(functions, device, repeats).items():
+            bandwidth = moved[name] / (timing.ms * 1e-3)
+            rows.append(
+                {
+                    "kernel": name,
+                    "of": of,
+                    "R": shape.R,
+                    "C": shape.C,
+                    "us": timing.ms * 1e3,
+                    "TB/s": bandwidth / 1e12,
+                    "share": bandwidth / copy,
+                }
+            )
     order = {name: i for i, name in enumerate(dict.fromkeys(row["kernel"] for row in rows))}
     return sorted(rows, key=lambda row: order[row["kernel"]]), copy
 
