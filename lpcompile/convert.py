@@ -16,27 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpcompile import functional
+from lpcompile import experts, functional
 from lpcompile.api import check_rules
 from lpcompile.graph import clean_path
 from lpcompile.options import Rule, parse
-from lpcompile.recipes import DEFAULT, PRODUCTS, Recipe, get_recipe, name_of
+from lpcompile.recipes import DEFAULT, PRODUCTS, Product, Recipe, get_recipe, name_of
 from lpcompile.report import Report, Row
 from lpcompile.select import SMALLEST, Depth
 
 
-class Converted(nn.Module):
-    """What ``convert`` made of a module.
+class Linear(nn.Linear):
+    """``nn.Linear`` with its three GEMMs as a recipe says; x and weight bf16, or under autocast.
 
     is_named: a rule gave it its recipe, which ``switch`` leaves as it is.
     """
 
     recipe: Recipe
     is_named: bool
-
-
-class Linear(Converted, nn.Linear):
-    """``nn.Linear`` with its three GEMMs as a recipe says; x and weight bf16, or under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x[..., K] -> y[..., N]."""
@@ -59,7 +55,7 @@ class Linear(Converted, nn.Linear):
 def convert(
     model: nn.Module, recipe: str | Recipe = DEFAULT, *, rules: Iterable[Any] = ()
 ) -> Report:
-    """Have every ``nn.Linear`` of a model compute as a recipe says, eager; changes it in place.
+    """Have every ``nn.Linear`` and stack of experts compute as a recipe says, eager, in place.
 
     rules: as in Options, with paths from ``model``; RuleError for one that matches no module.
     To be called before ``fully_shard``; before or after ``parallelize_module``. A row per product
@@ -72,11 +68,20 @@ def convert(
     depth, structural = Depth(set(paths.values())), _structural(model)
     report = Report()
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            report.rows += _experts(paths[name], module)
+        stacks = _stacks(module)
+        if not isinstance(module, nn.Linear) and not stacks:
             continue
         rule = next((r for r in options.rules if depth.admits(r, paths[name])), None)
         chosen = get_recipe(rule.recipe if rule else options.recipe)
+        if not isinstance(module, nn.Linear):
+            if not (rule and chosen.is_bf16):
+                if not isinstance(module, experts.Experts):
+                    module.__class__ = experts.subclass(type(module))
+                vars(module).update(recipe=chosen, is_named=rule is not None)
+            left = experts.obstacles(chosen)
+            for e, n, k in stacks:
+                report.rows += _rows(paths[name], (n, k, e), chosen.grouped or chosen, rule, left)
+            continue
         reason = _obstacle(module)
         if not (rule and not rule.is_catch_all):
             reason = reason or structural.get(module, "")
@@ -84,7 +89,9 @@ def convert(
             # A whole model may start in bf16, and be switched.
             module.__class__ = Linear
             vars(module).update(recipe=chosen, is_named=rule is not None)
-        report.rows += _rows(paths[name], module, chosen, rule, reason)
+        left = dict.fromkeys(PRODUCTS, reason)
+        sizes = (module.out_features, module.in_features, 1)
+        report.rows += _rows(paths[name], sizes, chosen, rule, left)
     return report
 
 
@@ -120,28 +127,30 @@ def _experts_under(module: nn.Module) -> set[int]:
     return stacks | lists
 
 
-def _experts(path: str, module: nn.Module) -> list[Row]:
-    """Rows of a module's own stacks of weights[E, N, K], which are left alone."""
-    stacks = [p.shape for p in module.parameters(recurse=False) if p.dim() == 3]
-    why = "a stack of experts: only compiled, by backend='lowprec'"
-    return [
-        Row(path, product, None, n, k, e, "bf16", False, why)
-        for e, n, k in stacks
-        for product in PRODUCTS
-    ]
+def _stacks(module: nn.Module) -> list[tuple[int, ...]]:
+    """Sizes of a module's own stacks of weights [E, N, K]; torch.nn's are convolutions."""
+    if type(module).__module__.startswith("torch.nn"):
+        return []
+    sizes = [tuple(p.shape) for p in module.parameters(recurse=False) if p.dim() == 3]
+    return [s for s in sizes if min(s[1:]) >= SMALLEST]
 
 
 def _rows(
-    path: str, module: nn.Linear, recipe: Recipe, rule: Rule | None, reason: str
+    path: str,
+    sizes: tuple[int, int, int],
+    recipe: Recipe,
+    rule: Rule | None,
+    left: dict[Product, str],
 ) -> list[Row]:
+    """The rows of one weight, of sizes n, k and num_groups; ``left`` says why a product is left."""
     rows = []
     label, asked = name_of(recipe), f"rule {rule.pattern!r}" if rule else ""
+    n, k, num_groups = sizes
     for product in PRODUCTS:
-        is_narrow = not reason and recipe.gemm(product) is not None
-        why = reason or asked
+        is_narrow = not left.get(product) and recipe.gemm(product) is not None
+        why = left.get(product) or asked
         if not is_narrow and not why:
             why = "recipe bf16" if recipe.is_bf16 else f"{label} leaves {product} in bf16"
         shown = label if is_narrow else "bf16"
-        sizes = (None, module.out_features, module.in_features)
-        rows.append(Row(path, product, *sizes, 1, shown, is_narrow, why))
+        rows.append(Row(path, product, None, n, k, num_groups, shown, is_narrow, why))
     return rows

@@ -127,8 +127,8 @@ class JointPass(CustomGraphPass):
         return " ".join((self.compile.key, hashlib.sha256(said.encode()).hexdigest(), sources()))
 
 
-# passes/fuse_micro.py, which does for MXFP8 and NVFP4 what fuse does for FP8, joins when its kernels
-# have run on a GPU: they are assembled and their references tested, no more.
+# passes/fuse_micro.py, which does for MXFP8 and NVFP4 what fuse does for FP8, joins when its
+# kernels have run on a GPU: they are interpreted to the bit and assembled, no more.
 AFTER_THE_CUT: list[tuple[str, Callable[[fx.Graph], int]]] = [("fuse", fuse.run)]
 
 

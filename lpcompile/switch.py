@@ -24,8 +24,9 @@ from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 
 from lpcompile.api import SWITCHED, not_skipped
 from lpcompile.backend import lowprec, lowprec_eager
-from lpcompile.convert import Converted
+from lpcompile.convert import Linear
 from lpcompile.errors import LowPrecisionError
+from lpcompile.experts import Experts
 from lpcompile.recipes import Recipe, get_recipe
 
 OURS = (lowprec, lowprec_eager)
@@ -83,8 +84,9 @@ def switch(model: nn.Module, recipe: str | Recipe) -> list[str]:
 
 def _switch(module: nn.Module, recipe: str | Recipe) -> bool:
     changed = False
-    if isinstance(module, Converted) and not module.is_named:
-        module.recipe, changed = get_recipe(recipe), True
+    if isinstance(module, (Linear, Experts)) and not module.is_named:
+        vars(module).update(recipe=get_recipe(recipe))
+        changed = True
     if hasattr(type(module).forward, "_lpcompile_compiles"):
         setattr(module, SWITCHED, recipe)
         changed = True

@@ -141,6 +141,9 @@ def _pays(group: Group) -> bool:
 
 
 def _replace(graph: fx.Graph, group: Group) -> None:
+    if not group.cone.statements and not any(r.transform for r in group.requests):
+        for request in group.requests:
+            request.makes_amax = False  # ``amax_tensor`` reads what is in memory no worse
     fake_mode: Any = value(group.requests[0].x).fake_mode  # type: ignore[attr-defined]
     make = partial(call, graph, fake_mode)
     program = group.cone.program([name for name, _ in group.results]).text()

@@ -1,6 +1,7 @@
 """``convert``: linears over ``lpcompile.linear``, in place, and the compiled path's bits."""
 
 import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lpcompile
+from lpcompile import experts
 from lpcompile.errors import LowPrecisionError, RuleError, ShapeError
 from lpcompile.options import Rule
 from lpcompile.recipes import RECIPES
@@ -28,6 +30,8 @@ class Block(nn.Module):
 
 
 class Experts(nn.Module):
+    """A row to the expert of its highest score, as a grouped GEMM of sorted rows."""
+
     def __init__(self, count=24, dim=32):
         super().__init__()
         self.router = nn.Linear(dim, count, bias=False)
@@ -35,7 +39,10 @@ class Experts(nn.Module):
 
     def forward(self, x):
         weight, expert = self.router(x).softmax(-1).max(-1)
-        return weight[:, None] * torch.einsum("tk,tnk->tn", x, self.weights[expert])
+        order = expert.argsort(stable=True)
+        offs = torch.bincount(expert, minlength=len(self.weights)).cumsum(0).int()
+        y = torch._grouped_mm(x[order], self.weights.mT, offs=offs)
+        return weight[:, None] * y[order.argsort()]
 
 
 class Model(nn.Module):
@@ -88,6 +95,9 @@ def test_a_converted_linear_has_the_bits_of_a_compiled_one(recipe, bias, device)
     assert not torch.equal(made[0], bf16[0])
 
 
+EXPERTS_LEFT = experts.obstacles(RECIPES["mxfp8"]).get("fprop", "")
+
+
 def test_what_is_left_alone_is_named_with_its_reason():
     m = Model().bfloat16()
     report = lpcompile.convert(m, "mxfp8_wgrad_bf16", rules=[Rule("layers.*", "bf16", last=1)])
@@ -95,7 +105,7 @@ def test_what_is_left_alone_is_named_with_its_reason():
     assert why == {
         "layers.2.up": "rule 'layers.*'",
         "layers.2.down": "rule 'layers.*'",
-        "experts": "a stack of experts: only compiled, by backend='lowprec'",
+        "experts": EXPERTS_LEFT,
         "experts.router": "a router: it has a row for each of the experts beside it",
         "gate": "n=8 is below 16",
         "mixer.out_proj": "a NonDynamicallyQuantizableLinear, which may use its weight without "
@@ -140,6 +150,30 @@ def test_parameters_keys_and_hooks_are_those_of_before():
     assert {type(p) for p in m.parameters()} == {nn.Parameter}
 
 
+def test_converted_experts_have_the_bits_of_grouped_mm_and_are_copied_and_pickled():
+    m = Experts().bfloat16()
+    x = torch.randn(64, 32).bfloat16()
+    plain = m(x)
+    keys = list(m.state_dict())
+    report = lpcompile.convert(m, "fp8_rowwise")
+    done = {(r.module, r.product) for r in report.rows if r.rewritten}
+    assert done == {("", product) for product in ("fprop", "dgrad", "wgrad")}
+    assert list(m.state_dict()) == keys
+    weight, expert = m.router(x).softmax(-1).max(-1)
+    order = expert.argsort(stable=True)
+    offs = torch.bincount(expert, minlength=24).cumsum(0).int()
+    y = lpcompile.grouped_mm(x[order], m.weights.mT, offs, recipe="fp8_rowwise")
+    assert torch.equal(m(x), weight[:, None] * y[order.argsort()])
+    for twin in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        assert torch.equal(twin(x), m(x))
+    assert lpcompile.switch(m, "bf16") == [""]
+    assert torch.equal(m(x), plain)
+
+
+def test_a_convolution_is_no_stack_of_experts():
+    assert lpcompile.convert(nn.Sequential(nn.Conv1d(32, 32, 16))).rows == []
+
+
 def test_under_autocast_fp32_parameters_are_cast_and_without_it_refused():
     linear = nn.Linear(64, 96)
     masters = copy.deepcopy(linear)
@@ -163,7 +197,12 @@ def test_a_converted_model_switches_but_for_what_a_rule_names():
     x = torch.randn(16, 32, dtype=torch.bfloat16)
     assert torch.equal(m.layers[2].up(x), F.linear(x, m.layers[2].up.weight, m.layers[2].up.bias))
     no_hadamard = replace(RECIPES["nvfp4"], wgrad=None)
-    assert lpcompile.switch(m, no_hadamard) == ["layers.0.down", "layers.2.up", "layers.2.down"]
+    assert lpcompile.switch(m, no_hadamard) == [
+        "layers.0.down",
+        "layers.2.up",
+        "layers.2.down",
+        "experts",
+    ]
     for i, recipe in ((1, "mxfp8"), (2, no_hadamard)):
         up = m.layers[i].up
         assert torch.equal(up(x), lpcompile.linear(x, up.weight, up.bias, recipe=recipe))

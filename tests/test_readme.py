@@ -70,6 +70,11 @@ def test_a_block_that_trains_is_narrowed(block, caplog, monkeypatch):
     assert all(leaf.grad.abs().sum() > 0 for leaf in leaves)
 
 
+def test_the_block_that_converts_narrows_every_linear(monkeypatch):
+    names = run(next(b for b in BLOCKS if "lpcompile.convert" in b), monkeypatch)
+    assert names["report"].num_rewritten == 3 * 8
+
+
 @pytest.mark.usefixtures("eager")
 def test_the_block_that_explains_has_a_row_for_every_gemm(monkeypatch):
     names = run(next(b for b in BLOCKS if "lpcompile.explain" in b), monkeypatch)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lpcompile import cost, gemm
+from lpcompile import cost, gemm, ops
 from lpcompile.bench.models import Llama, linears
 from lpcompile.bench.report import Row
 from lpcompile.bench.timing import interleave
@@ -104,6 +104,8 @@ def multiplier(
         return partial(torch.mm, lhs.t() if across[0] else lhs, rhs if across[1] else rhs.t())
     a = gemm.quantize(lhs, how.lhs, transpose=across[0])
     b = gemm.quantize(rhs, how.rhs, transpose=across[1])
+    if how.lhs.fmt.swizzled:  # as the quantize kernels of a graph write them
+        a, b = (q._replace(scales=ops.swizzle.op(q.scales)) for q in (a, b))
     return partial(gemm.multiply, a, b, out_dtype=torch.bfloat16, fast_accum=how.fast_accum)
 
 

@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import lpcompile.lowerings  # noqa: F401  registers them with Inductor
-from lpcompile import ops
+from lpcompile import gemm, ops
 from lpcompile.bench.models import Llama, linears
 from lpcompile.bench.report import Row
 from lpcompile.bench.timing import copy_bandwidth, interleave
+from lpcompile.ops import micro_source
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-# Not in the pipeline yet: see AFTER_THE_CUT there.
-WAITING = (ops.fused_amax_micro, ops.fused_cast_micro)
 GEMMS = (ops.scaled_mm, ops.scaled_grouped_mm)  # measured by `bench gemm` and `bench experts`
 NUM_GROUPS = 8
 
@@ -122,6 +121,22 @@ def _silu_mul(x: Tensor) -> tuple[Any, ...]:
     return ([x, torch.randn_like(x)], SILU_MUL, E4M3, True)
 
 
+def _stochastic(x: Tensor) -> tuple[Any, ...]:
+    return (x, ops.amax_tensor.op(x), gemm.new_seed(x.device), 0)
+
+
+def _cast_micro(x: Tensor, *forms: str) -> tuple[Any, ...]:
+    """SiLU*mul, narrowed to forms."""
+    names = [name for form in forms if (name := micro_source.parse_form(form).amax)]
+    inputs = [x, torch.randn_like(x)]
+    amaxes = ops.fused_amax_micro.op(inputs, SILU_MUL, names) if names else []
+    return (inputs, amaxes, gemm.new_seed(x.device), SILU_MUL, list(forms))
+
+
+def _amax_micro(x: Tensor) -> tuple[Any, ...]:
+    return ([x, torch.randn_like(x)], SILU_MUL, ["tensor0", "hadamard0"])
+
+
 # Arguments for every op but the GEMMs, given x[R, C] bf16.
 KERNELS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
     ops.amax_column: _alone,
@@ -130,7 +145,9 @@ KERNELS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
     ops.amax_tensor_grouped: _grouped,
     ops.dequantize: _dequantized,
     ops.fused_amax: _swiglu_amax,
+    ops.fused_amax_micro: _amax_micro,
     ops.fused_cast: _swiglu_cast,
+    ops.fused_cast_micro: lambda x: _cast_micro(x, "0 n 1 rceil swizzled", "0 t 1 rceil swizzled"),
     ops.fused_quantize_row: _silu_mul,
     ops.hadamard: _signs,
     ops.quantize_fp8_block: _narrow,
@@ -156,6 +173,20 @@ KERNELS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
     ops.swizzle_grouped: _grouped_scales,
     ops.swizzle_grouped_t: _grouped_scales_t,
 }
+# Ops again, and what is special about their arguments.
+MORE: tuple[tuple[Any, str, Callable[[Tensor], tuple[Any, ...]]], ...] = (
+    (ops.dequantize, "nvfp4", lambda x: ops.quantize_nvfp4.op(*_nearest(x))),
+    (ops.quantize_nvfp4, "stochastic", _stochastic),
+    (ops.quantize_nvfp4_t, "stochastic", _stochastic),
+    (ops.fused_cast_micro, "nvfp4", lambda x: _cast_micro(x, "0 n 1 nearest swizzled")),
+    (ops.fused_cast_micro, "nvfp4 hadamard", lambda x: _cast_micro(x, "0 h 1 nearest swizzled")),
+    (ops.fused_cast_micro, "nvfp4 stochastic", lambda x: _cast_micro(x, "0 n 1 draw0 swizzled")),
+    (
+        ops.fused_cast_micro,
+        "nvfp4 hadamard stochastic",
+        lambda x: _cast_micro(x, "0 h 1 draw1 swizzled"),
+    ),
+)
 
 
 def _norm_row(x: Tensor, w: Tensor) -> Any:
@@ -203,6 +234,15 @@ class Shape(NamedTuple):
     C: int
 
 
+# Tokens and weights of mixture-of-experts layers, beside what the models have.
+OF_EXPERTS = (
+    Shape("tokens", 131072, 2048),
+    Shape("tokens", 131072, 7168),
+    Shape("64 experts' weights", 64 * 1408, 2048),
+    Shape("8 experts' weights", 8 * 2048, 7168),
+)
+
+
 def shapes(model: Llama) -> list[Shape]:
     """The activations and the weights of a model's FFN, which are its largest."""
     made = [Shape("x", model.tokens, model.dim), Shape("h", model.tokens, model.hidden)]
@@ -217,25 +257,27 @@ def measure(
     copy = copy_bandwidth(device, repeats, 2**30 if device.type == "cuda" else 2**22)
     torch._dynamo.reset()
     rows = []
-    for model in models:
-        for shape in shapes(model):
-            functions, moved = {}, {}
-            for name, function, inputs in _functions(shape, device, compiled):
-                made = function()
-                functions[name], moved[name] = function, _bytes(inputs) + _bytes(made)
-            for name, timing in interleave(functions, device, repeats).items():
-                bandwidth = moved[name] / (timing.ms * 1e-3)
-                rows.append(
-                    {
-                        "kernel": name,
-                        "of": f"{model.name} {shape.what}",
-                        "R": shape.R,
-                        "C": shape.C,
-                        "us": timing.ms * 1e3,
-                        "TB/s": bandwidth / 1e12,
-                        "share": bandwidth / copy,
-                    }
-                )
+    everything = [(f"{model.name} {s.what}", s) for model in models for s in shapes(model)]
+    if device.type == "cuda":
+        everything += [(shape.what, shape) for shape in OF_EXPERTS]
+    for of, shape in everything:
+        functions, moved = {}, {}
+        for name, function, inputs in _functions(shape, device, compiled):
+            made = function()
+            functions[name], moved[name] = function, _bytes(inputs) + _bytes(made)
+        for name, timing in interleave(functions, device, repeats).items():
+            bandwidth = moved[name] / (timing.ms * 1e-3)
+            rows.append(
+                {
+                    "kernel": name,
+                    "of": of,
+                    "R": shape.R,
+                    "C": shape.C,
+                    "us": timing.ms * 1e3,
+                    "TB/s": bandwidth / 1e12,
+                    "share": bandwidth / copy,
+                }
+            )
     order = {name: i for i, name in enumerate(dict.fromkeys(row["kernel"] for row in rows))}
     return sorted(rows, key=lambda row: order[row["kernel"]]), copy
 
@@ -252,6 +294,9 @@ def _functions(
     for module, arguments in KERNELS.items():
         given = arguments(x)
         yield name_of(module), partial(module.op, *given), given
+    for module, what, arguments in MORE:
+        given = arguments(x)
+        yield f"{name_of(module)} ({what})", partial(module.op, *given), given
     for function, reads, num_inputs, has_vector in COMPILED if compiled else ():
         if reads != shape.what:
             continue

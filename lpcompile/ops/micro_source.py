@@ -114,7 +114,7 @@ def amax_source(program: str, wants: tuple[str, ...], even: bool) -> str:
             f'tl.atomic_max({want}_ptr, {want}.to(tl.int32, bitcast=True), sem="relaxed")',
         ]
     pointers = [*fused_source._pointers(named), *(f"{want}_ptr" for want in wants)]
-    return _module(program, wants, named, [*pointers, "M", "C", "ROWS"], body, even)
+    return _module(program, wants, named, [*pointers, "M", "C", "ROWS: tl.constexpr"], body, even)
 
 
 def _rows(program: pointwise.Program, wants: set[str], size: int) -> list[str]:

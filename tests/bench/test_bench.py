@@ -24,7 +24,7 @@ def run(tmp_path, *arguments):
 
 
 def test_every_op_but_the_gemms_is_measured():
-    assert set(kernels.KERNELS) | {*kernels.GEMMS, *kernels.WAITING} == set(ops.ALL)
+    assert set(kernels.KERNELS) | set(kernels.GEMMS) == set(ops.ALL)
 
 
 @pytest.mark.parametrize("part", ["ffn", "block"])
@@ -87,7 +87,8 @@ def test_kernels_are_charged_for_the_bytes_of_their_tensors(tmp_path):
     row = next(r for r in result.rows if (r["kernel"], r["of"]) == ("quantize_fp8_row", "tiny x"))
     moved = 3 * tokens * dim + 4 * tokens
     assert row["TB/s"] * 1e12 * row["us"] * 1e-6 == pytest.approx(moved)
-    assert {r["kernel"] for r in result.rows} == {kernels.name_of(op) for op in kernels.KERNELS}
+    measured = {r["kernel"].partition(" (")[0] for r in result.rows}
+    assert measured == {kernels.name_of(op) for op in kernels.KERNELS}
 
 
 def test_a_profile_says_what_each_kernel_is(tmp_path):
@@ -257,7 +258,7 @@ def test_the_tool_measures_a_gpu(tmp_path):
     (result,) = report.load([out])
     measured = {r["kernel"] for r in result.rows}
     assert measured >= {kernels.name_of(op) for op in kernels.KERNELS}
-    assert len(measured) == len(kernels.KERNELS) + len(kernels.COMPILED)
+    assert len(measured) == len(kernels.KERNELS) + len(kernels.MORE) + len(kernels.COMPILED)
     assert result.machine["capability"]
     for what in (["gemm"], ["model", *forced, "--passes", "1"], ["experts", "--recipes"]):
         assert main(["bench", *what, *common, str(out)]) == 0

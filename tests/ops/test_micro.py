@@ -37,7 +37,7 @@ def assembled(kernel, capability, tile, types=None):
     """The kernel compiled for a capability, with pointers of these types."""
     signature, constants = {}, {}
     attributes = {}
-    sizes = dict(zip(("BM", "BC", "NATIVE", "EVEN"), tile, strict=True))
+    sizes = dict(zip(("BM", "BC", "NATIVE", "EVEN"), tile, strict=True), ROWS=256)
     for i, parameter in enumerate(kernel.params):
         name = parameter.name
         if name in sizes:
