@@ -470,3 +470,13 @@ def test_no_copy_of_a_weight_is_saved():
     copies = [s for s in sizes if tuple(sorted(s[0])) in matrices and s[2] not in own]
     assert sizes
     assert copies == []
+
+
+def test_every_backward_draws_a_seed_of_its_own():
+    w, x = nn.Parameter(torch.randn(96, 64).bfloat16()), data(64, 64)
+    with torch._functorch.config.patch(donated_buffer=False):
+        y = compiled(F.linear, recipe="nvfp4")(x, w)
+        dy = torch.randn(64, 96).bfloat16()
+        first, second = (torch.autograd.grad(y, (x, w), dy, retain_graph=True) for _ in range(2))
+    assert not torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
