@@ -1,0 +1,101 @@
+"""Small models, and what a compiled one is compared with: every linear through the eager oracle."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lpcompile
+from lpcompile.ops.define import per_column
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+EAGER = {"rewrite": "all", "codegen": "eager"}
+close = per_column(0.02)
+
+
+class FFN(nn.Module):
+    def __init__(self, dim=64, hidden=96, bias=False):
+        super().__init__()
+        self.norm = nn.RMSNorm(dim)
+        self.w1 = nn.Linear(dim, hidden, bias)
+        self.w3 = nn.Linear(dim, hidden, bias)
+        self.w2 = nn.Linear(hidden, dim, bias)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
+
+
+class OracleLinears(torch.overrides.TorchFunctionMode):
+    """Every F.linear through the eager oracle."""
+
+    def __init__(self, recipe="fp8_rowwise"):
+        super().__init__()
+        self.recipe = recipe
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            return lpcompile.linear(*args, **(kwargs or {}), recipe=self.recipe)
+        return func(*args, **(kwargs or {}))
+
+
+def step(model, x, loss=lambda y: y):
+    """Output and every gradient by name, under a fixed dY."""
+    model.zero_grad()
+    x = x.detach().requires_grad_(x.requires_grad)
+    y = loss(model(x))
+    torch.manual_seed(1)
+    y.backward(torch.randn(y.shape).to(y))
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), **({"x": x.grad} if x.requires_grad else {}), **grads}
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="lowprec", options={**EAGER, **options}, fullgraph=True)
+
+
+def to_nearest(recipe):
+    """A recipe without stochastic rounding."""
+
+    def gemm(how):
+        return how and replace(how, lhs=replace(how.lhs, rounding="nearest"))
+
+    return replace(recipe, dgrad=gemm(recipe.dgrad), wgrad=gemm(recipe.wgrad))
+
+
+def roles(compiles, **where):
+    return dict(
+        Counter(
+            row.product
+            for c in compiles
+            for row in c.rows
+            if row.rewritten and all(getattr(row, k) == v for k, v in where.items())
+        )
+    )
+
+
+def times(count):
+    return {"fprop": count, "dgrad": count, "wgrad": count}
+
+
+def reasons(compiles):
+    return {row.module: row.reason for c in compiles for row in c.rows if not row.rewritten}
+
+
+def assert_close(made, expected):
+    assert made.keys() == expected.keys()
+    for name, m in made.items():
+        e = expected[name]
+        flat = (t.reshape(-1, t.shape[-1] if t.dim() > 1 else 1).float() for t in (m, e))
+        assert close(*flat) == "", name
+
+
+def bf16(model, device="cpu"):
+    return model.to(device, torch.bfloat16)
+
+
+def data(*shape, device="cpu", grad=True):
+    return torch.randn(*shape, device=device, dtype=torch.bfloat16).requires_grad_(grad)
