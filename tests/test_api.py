@@ -265,6 +265,14 @@ def test_the_bare_name_reads_the_environment_over_the_defaults(monkeypatch):
         parse()
 
 
+def test_an_option_of_inductors_is_in_force_while_it_compiles():
+    seen = []
+    m = model(1)
+    m.compile(backend="lowprec", options={**EAGER, "joint_custom_post_pass": seen.append})
+    m(x())
+    assert [type(graph) for graph in seen] == [torch.fx.Graph]
+
+
 def test_inductors_keys_and_modes_stand_beside_ours():
     options = parse({"recipe": "fp8_rowwise", "epilogue_fusion": False}, "max-autotune")
     assert dict(options.inductor)["epilogue_fusion"] is False
