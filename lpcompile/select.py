@@ -13,7 +13,7 @@ from torch import fx
 
 from lpcompile import cost, gemm_grouped
 from lpcompile.errors import RecipeError, StrictError
-from lpcompile.graph import peel, value
+from lpcompile.graph import base, peel, value
 from lpcompile.options import Options, Rule
 from lpcompile.recipes import BF16, Gemm, Recipe, get_recipe, name_of
 from lpcompile.sites import Site
@@ -107,9 +107,12 @@ class Selection:
 
 
 def _reads(site: Site) -> tuple[tuple[fx.Node, bool], tuple[fx.Node, bool]]:
-    """What a GEMM quantizes: the tensor under transposes, and whether along its other dimension."""
-    (a, a_t), (b, b_t) = peel(site.lhs), peel(site.rhs)
-    return (a, a_t), (b, not b_t)
+    """What a GEMM quantizes: the tensor under views, and whether along its other dimension.
+
+    Under views, since every linear has its own of the x that it shares: AOT merges them later.
+    """
+    a_t, b_t = peel(site.lhs)[1], peel(site.rhs)[1]
+    return (base(site.lhs), a_t), (base(site.rhs), not b_t)
 
 
 def annotation(node: fx.Node) -> str | Recipe | None:

@@ -66,6 +66,26 @@ def test_it_says_what_the_backend_does_and_changes_nothing(device):
     assert len(report.rows) == 9
 
 
+def test_linears_that_share_x_share_what_quantizing_it_costs():
+    class Projections(nn.Module):
+        def __init__(self, count):
+            super().__init__()
+            self.each = nn.ModuleList(nn.Linear(4096, 1024, bias=False) for _ in range(count))
+
+        def forward(self, x):
+            return torch.cat([linear(x) for linear in self.each], -1)
+
+    narrowed = {}
+    for count in (1, 3):
+        with torch.device("meta"):
+            model = Projections(count).bfloat16()
+            x = torch.randn(2, 8192, 4096, dtype=torch.bfloat16, requires_grad=True)
+        report = lpcompile.explain(model, x, options={"target": "h200"})
+        narrowed[count] = {r.product for r in report.rows if r.rewritten}
+    assert "wgrad" not in narrowed[1]
+    assert "wgrad" in narrowed[3]
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_tensor_parallel_model_shows_the_sizes_of_a_shard(mesh, device):
     plan = {"w1": ColwiseParallel(), "w3": ColwiseParallel(), "w2": RowwiseParallel()}

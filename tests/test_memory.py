@@ -76,9 +76,9 @@ def test_what_the_backward_does_not_hold_is_saved_narrow():
     assert after == 2 * m * dim + m * hidden + 4 * hidden  # h.T of one byte, a scale a column
 
 
-def test_a_memory_budget_saves_less_and_recomputes_no_weight():
+def test_a_memory_budget_saves_as_much_as_it_says():
     saved = {}
-    for budget in (1.0, 0.4):
+    for budget in (1.0, 0.8, 0.2):
         torch._dynamo.reset()
         model, x = bf16(FFN(64, 256)), data(64, 64)
         with (
@@ -90,7 +90,8 @@ def test_a_memory_budget_saves_less_and_recomputes_no_weight():
             expected = step(model, x)
         assert_close({k.removeprefix("_orig_mod."): v for k, v in made.items()}, expected)
         saved[budget] = compiles[0].saved_bytes.after
-    assert 0 < saved[0.4] < saved[1.0]
+    # Were our ops not counted, any budget below 1 would recompute everything.
+    assert 0 < saved[0.2] < saved[0.8] < saved[1.0]
 
 
 def test_no_copy_of_a_weight_is_saved():
