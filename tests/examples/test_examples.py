@@ -158,7 +158,7 @@ PRINTED = [
     "Saved for the backward",
     "emulated on a CPU",
     "A Llama3-8B",
-    "unprofitable on h200",
+    " us in bf16, ",
     "loss.png",
 ]
 
