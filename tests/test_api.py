@@ -14,6 +14,7 @@ import lpcompile
 from lpcompile.errors import LowPrecisionError, OptionError, RecipeError, RuleError, StrictError
 from lpcompile.options import Rule, parse
 from lpcompile.pipeline import observe
+from lpcompile.select import Depth
 
 EAGER = {"rewrite": "all", "codegen": "eager"}
 
@@ -115,8 +116,21 @@ def test_rules_by_depth_make_one_compile_for_each_kind_of_block():
     with observe() as compiles:
         m(x()).sum().backward()
     assert [set(recipes([c]).values()) for c in compiles] == [{"fp8_rowwise"}, {"bf16"}]
-    lasts = [name for name, b in m.named_modules() if isinstance(b, Block)][-2:]
-    assert lasts == ["layers.6", "layers.7"]
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ({"last": 0.15}, [6, 7]),
+        ({"first": 0.15}, [0, 1]),
+        ({"last": 1}, [7]),
+        ({"first": 3}, [0, 1, 2]),
+    ],
+)
+def test_a_share_of_the_blocks_is_rounded_up(where, expected):
+    paths = [f"layers.{i}.up" for i in range(8)]
+    depth, rule = Depth(set(paths)), Rule("*", "bf16", **where)
+    assert [i for i, path in enumerate(paths) if depth.admits(rule, path)] == expected
 
 
 def test_rules_name_modules_by_their_path_in_the_whole_model():
