@@ -59,10 +59,11 @@ def compile_graph(
     register(compile)
     compile.dump = dumps.begin(gm, options)
     compile.measures |= compile.dump is not None
+    after_the_cut = PostPass(compile)
     patches: dict[str, Any] = {
         **dict(options.inductor),
         "joint_custom_pre_pass": JointPass(compile),
-        "post_grad_custom_post_pass": PostPass(compile),
+        "post_grad_custom_post_pass": after_the_cut,
     }
     if compile.watches_cut:
         patches["custom_partitioner_fn"] = Partition(compile)
@@ -70,7 +71,7 @@ def compile_graph(
         patches["force_disable_caches"] = True  # on a hit no pass runs
     inner: Any = compile_fx_inner
     if options.codegen == "eager":
-        inner = partial(run_op_by_op, passes=PostPass(compile))
+        inner = partial(run_op_by_op, passes=after_the_cut)
         patches["force_disable_caches"] = True  # there is no artifact to cache
     elif compile.dump is not None:
         inner = compile.dump.inductor(inner)

@@ -69,7 +69,7 @@ class Cone:
         if kind == "full" and self._is_inside(node):
             name = self._statement(node)
         else:
-            name = self._leaf(node, kind)
+            name = self.leaf(node, kind)
         self.names[x] = name
         return name
 
@@ -99,7 +99,8 @@ class Cone:
         self.statements.append(Statement(dtype, name, op, args))
         return name
 
-    def _leaf(self, node: fx.Node, kind: str) -> str:
+    def leaf(self, node: fx.Node, kind: str) -> str:
+        """The name of a tensor that the program reads. TooComplex where it cannot."""
         made = value(node)
         if made.dtype not in (torch.bfloat16, torch.float32) or not is_contiguous_or_false(made):
             raise TooComplex

@@ -59,7 +59,6 @@ class Leaves:
         taken for parameters.
         """
         inputs = list(example_inputs)
-        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         parameters = {i for i, x in enumerate(inputs) if isinstance(x, torch.nn.Parameter)}
         if not parameters:
             parameters = {
@@ -69,7 +68,7 @@ class Leaves:
             }
         buffers = {
             i
-            for i, n in enumerate(placeholders)
+            for i, n in enumerate(placeholders(gm.graph))
             if "_dynamo_static_input_type" in n.meta.get("tensor_dict", {}) and i not in parameters
         }
         found: dict[Sizes, Called] = {}
@@ -186,10 +185,15 @@ class Flow:
 
 def input_index(placeholder: fx.Node) -> int | None:
     """The index, among the inputs of the Dynamo graph, of what this placeholder is (part) of."""
-    desc = placeholder.meta.get("desc")
-    while desc is not None and hasattr(desc, "base"):
+    return getattr(_origin(placeholder), "idx", None)
+
+
+def _origin(placeholder: fx.Node) -> Any:
+    """AOTAutograd's description of the input that a placeholder is (part) of, or None."""
+    desc: Any = placeholder.meta.get("desc")
+    while hasattr(desc, "base"):
         desc = desc.base
-    return getattr(desc, "idx", None)
+    return desc
 
 
 def is_called(graph: fx.Graph) -> bool:
@@ -199,9 +203,7 @@ def is_called(graph: fx.Graph) -> bool:
 
 def is_tangent(placeholder: fx.Node) -> bool:
     """Whether a placeholder is a gradient that comes in."""
-    desc = placeholder.meta.get("desc")
-    while desc is not None and hasattr(desc, "base"):
-        desc = desc.base
+    desc = _origin(placeholder)
     return type(desc).__name__ == "TangentAOTInput" or (
         desc is None and "tangents" in str(placeholder.target)
     )

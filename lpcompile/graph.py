@@ -206,17 +206,6 @@ def calls(graph: fx.Graph, targets: Iterable[Any]) -> Iterator[fx.Node]:
     return (n for n in graph.nodes if n.op == "call_function" and n.target in wanted)
 
 
-def users_through(node: fx.Node, targets: set[Any]) -> Iterator[fx.Node]:
-    """Users of a node, looking through calls of ``targets`` and tuple items."""
-    for user in node.users:
-        if user.op == "call_function" and (
-            user.target in targets or user.target is operator.getitem
-        ):
-            yield from users_through(user, targets)
-        else:
-            yield user
-
-
 def is_own(node: fx.Node) -> bool:
     """Whether a node calls one of lpcompile's ops."""
     return node.op == "call_function" and getattr(node.target, "namespace", "") == "lpcompile"

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from lpcompile.cost import DEVICES
+from lpcompile.cost import DEVICES, H200, target_for
 from lpcompile.errors import OptionError, RuleError, did_you_mean
 from lpcompile.recipes import DEFAULT, Recipe, get_recipe, name_of
 
@@ -109,7 +109,7 @@ class Options:
         if self.target:
             return self.target
         gemm = recipe.fprop or recipe.dgrad or recipe.wgrad
-        return "b200" if gemm and gemm.lhs.fmt.swizzled else "h200"
+        return (target_for(gemm) if gemm else H200).name
 
 
 _OWN = tuple(f.name for f in fields(Options) if f.name != "inductor")

@@ -22,7 +22,6 @@ from lpcompile.graph import (
     TRANSPOSES,
     VIEWS,
     meta_of,
-    users_through,
     value,
 )
 from lpcompile.liveness import Held, is_cheap
@@ -81,20 +80,13 @@ def _recompute(node: fx.Node, through: Container[Any]) -> None:
 def out_dtype(site: Site) -> tuple[torch.dtype, fx.Node | None]:
     """bf16; or, for a wgrad that is read by one cast to fp32 alone, fp32 and that cast."""
     node = site.node
-    users = list(users_through(node, TRANSPOSES))
-    if site.product == "wgrad" and len(users) == 1:
-        (user,) = users
-        if user.target in CASTS and value(user).dtype is torch.float32 and _only_path(node):
-            return torch.float32, user
-    return value(node).dtype, None
-
-
-def _only_path(node: fx.Node) -> bool:
-    while len(node.users) == 1:
+    while site.product == "wgrad" and len(node.users) == 1:
         (node,) = node.users
-        if node.target in CASTS:
-            return True
-    return False
+        if node.target in CASTS and value(node).dtype is torch.float32:
+            return torch.float32, node
+        if node.target not in TRANSPOSES:
+            break
+    return value(site.node).dtype, None
 
 
 def fold(cast: fx.Node, made: fx.Node) -> None:

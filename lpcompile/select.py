@@ -18,7 +18,7 @@ from lpcompile.options import Options, Rule
 from lpcompile.recipes import BF16, Gemm, Recipe, get_recipe, name_of
 from lpcompile.sites import Site
 
-SMALLEST = 16  # a GEMM with fewer rows, columns or contracted elements is not worth a quantize
+SMALLEST = 16  # a linear with fewer outputs or inputs is not worth a quantize
 
 
 @dataclass(frozen=True)

@@ -142,9 +142,9 @@ def groups(requests: dict[fx.Node, list[Any]], private: set[fx.Node]) -> list[Gr
     alone = [_alone(x, rs, private) for x, rs in requests.items()]
     made: list[Group] = []
     for group in sorted(alone, key=lambda g: -g.cone.num_full):
-        for other in made:
+        for i, other in enumerate(made):
             if _joins(group, other) and (both := _join(group, other, private)) is not None:
-                made[made.index(other)] = both
+                made[i] = both
                 break
         else:
             made.append(group)
@@ -155,15 +155,20 @@ def _cone(x: fx.Node, private: set[fx.Node]) -> Cone:
     return Cone(shape(x)[0], shape(x)[1], private.__contains__)
 
 
+def _fits(cone: Cone) -> bool:
+    """Whether a program is small enough for one kernel."""
+    return cone.num_full <= MOST_INPUTS and len(cone.statements) <= MOST_STATEMENTS
+
+
 def _alone(x: fx.Node, requests: list[Any], private: set[fx.Node]) -> Group:
     cone = _cone(x, private)
     try:
         name = cone.add(x)
     except TooComplex:
         name = ""
-    if not name or cone.num_full > MOST_INPUTS or len(cone.statements) > MOST_STATEMENTS:
-        cone = Cone(shape(x)[0], shape(x)[1], lambda node: False)
-        name = cone._leaf(x, "full")
+    if not name or not _fits(cone):
+        cone = _cone(x, set())
+        name = cone.leaf(x, "full")
     return Group(cone, [(name, requests)])
 
 
@@ -184,9 +189,7 @@ def _join(a: Group, b: Group, private: set[fx.Node]) -> Group | None:
         results = [(cone.add(rs[0].x), rs) for g in (b, a) for _, rs in g.results]
     except TooComplex:
         return None
-    if cone.num_full > MOST_INPUTS or len(cone.statements) > MOST_STATEMENTS:
-        return None
-    return Group(cone, results)
+    return Group(cone, results) if _fits(cone) else None
 
 
 def _depend(nodes: Iterable[fx.Node], on: set[fx.Node]) -> bool:
@@ -247,7 +250,7 @@ def _replace(graph: fx.Graph, group: Group) -> None:
     forms = [(r, r.form(i)) for i, (_, rs) in enumerate(group.results) for r in rs]
     after = [leaf for leaf, _ in group.cone.leaves]
     after += [r.amax for r, _ in forms if r.amax is not None and _given(r)]
-    with graph.inserting_before(last(graph, after).next):
+    with graph.inserting_before(last(after).next):
         inputs = [matrix(make, group.cone, leaf, kind) for leaf, kind in group.cone.leaves]
         wants = list(dict.fromkeys(f.amax for r, f in forms if f.amax and not _given(r)))
         amaxes: dict[str, fx.Node] = {}
@@ -268,13 +271,12 @@ def _replace(graph: fx.Graph, group: Group) -> None:
             request.amax.replace_all_uses_with(amaxes[form.amax])
 
 
-def last(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+def last(nodes: list[fx.Node]) -> fx.Node:
     """The last of the nodes in graph order, or the last placeholder if that comes later."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    last = max(nodes, key=order.__getitem__)
-    while last.op == "placeholder" and last.next.op == "placeholder":
-        last = last.next
-    return last
+    node = max(nodes)
+    while node.op == "placeholder" and node.next.op == "placeholder":
+        node = node.next
+    return node
 
 
 def matrix(make: Any, cone: Cone, leaf: fx.Node, kind: str) -> fx.Node:

@@ -153,7 +153,7 @@ def _replace(graph: fx.Graph, group: Group) -> None:
     seed = next((r.seed for r, _ in forms if r.seed is not None), None)
     after = [leaf for leaf, _ in group.cone.leaves] + ([seed] if seed is not None else [])
     after += [r.amax for r, _ in forms if r.amax is not None and not r.makes_amax]
-    with graph.inserting_before(last(graph, after).next):
+    with graph.inserting_before(last(after).next):
         inputs = [matrix(make, group.cone, leaf, kind) for leaf, kind in group.cone.leaves]
         wants = list(dict.fromkeys(form.amax for r, form in forms if r.makes_amax))
         amaxes: dict[str, fx.Node] = {}

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
+from oracle import FFN
 
 from lpcompile import ops, pipeline
 from lpcompile.passes import fuse_micro
@@ -14,23 +13,11 @@ MICRO = [n for n, r in RECIPES.items() if r.dgrad is not None and r.dgrad.lhs.fm
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-class FeedForward(nn.Module):
-    def __init__(self, dim=64, hidden=96):
-        super().__init__()
-        self.norm = nn.RMSNorm(dim)
-        self.w1, self.w3 = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
-        self.w2 = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x):
-        h = self.norm(x)
-        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
-
-
 def step(recipe, device, monkeypatch, fused):
     """Output and gradients, the calls of each op of ours, and how many quantizes were merged."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    m = FeedForward().to(device).bfloat16()
+    m = FFN().to(device).bfloat16()
     x = torch.randn(2, 40, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
     calls = []
     with monkeypatch.context() as patch, observe() as compiles:
