@@ -28,7 +28,7 @@ from lpcompile.dumps import Dump
 from lpcompile.flow import Flow, Leaves, is_called
 from lpcompile.graph import hint, module_path
 from lpcompile.options import Options, Rule
-from lpcompile.passes import deduplicate, fuse, grouped_mm, linear
+from lpcompile.passes import deduplicate, fuse, fuse_micro, grouped_mm, linear
 from lpcompile.recipes import get_recipe
 from lpcompile.report import Row, SavedBytes
 from lpcompile.select import Choice, Selection, annotated, annotation
@@ -127,9 +127,10 @@ class JointPass(CustomGraphPass):
         return " ".join((self.compile.key, hashlib.sha256(said.encode()).hexdigest(), sources()))
 
 
-# passes/fuse_micro.py, which does for MXFP8 and NVFP4 what fuse does for FP8, joins when its
-# kernels have run on a GPU: they are interpreted to the bit and assembled, no more.
-AFTER_THE_CUT: list[tuple[str, Callable[[fx.Graph], int]]] = [("fuse", fuse.run)]
+AFTER_THE_CUT: list[tuple[str, Callable[[fx.Graph], int]]] = [
+    ("fuse", fuse.run),
+    ("fuse_micro", fuse_micro.run),
+]
 
 
 class PostPass(CustomGraphPass):

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 import lpcompile
-from lpcompile.ops.define import per_column
 from lpcompile.recipes import PRODUCTS, RECIPES
 
 # (M, N, K): the linears of a Llama3-8B block on a GPU, one that needs every kind of padding here.
@@ -21,7 +20,9 @@ SHAPES = [
     pytest.param("cpu", (144, 80, 272), id="cpu"),
     *(pytest.param("cuda", s, id="x".join(map(str, s)), marks=pytest.mark.gpu) for s in LLAMA),
 ]
-ACCURATE = per_column(0.01)
+# Hopper's FP8 tensor cores keep some 14 bits of a sum, and drop the rest of what is added to it.
+# With fast accumulation the sum of all K stays in them; else that of 128, and fp32 adds those up.
+DROPPED = 2**-12
 
 
 def to_nearest(gemm):
@@ -51,17 +52,26 @@ def decoded(x, operand):
     return out
 
 
-def expected(product, gemm, x, w, dy):
-    """The product in fp64; in bf16 operands where the recipe leaves it alone."""
+def operands(product, gemm, x, w, dy):
+    """a[R, T] and b[C, T] of a @ b.T in fp64; in bf16 where the recipe leaves it alone."""
     lhs, rhs = {"fprop": (x, w), "dgrad": (dy, w.t()), "wgrad": (dy.t(), x.t())}[product]
     if gemm is None:
-        return lhs.double() @ rhs.double().t()
+        return lhs.double(), rhs.double()
     if gemm.lhs.hadamard:  # of both, along the contraction: it cancels
         a, b = (
             lpcompile.quantize(t.contiguous(), o) for t, o in ((lhs, gemm.lhs), (rhs, gemm.rhs))
         )
-        return lpcompile.dequantize(a).double() @ lpcompile.dequantize(b).double().t()
-    return decoded(lhs, gemm.lhs) @ decoded(rhs, gemm.rhs).t()
+        return lpcompile.dequantize(a).double(), lpcompile.dequantize(b).double()
+    return decoded(lhs, gemm.lhs), decoded(rhs, gemm.rhs)
+
+
+def assert_accurate(made, a, b, fast, product):
+    """Every column within 1% of its norm, and of what a fast accumulator may drop of magnitudes."""
+    exact = a @ b.t()
+    error, bound = (made.double() - exact).norm(dim=0), 0.01 * exact.norm(dim=0)
+    if fast and made.is_cuda:
+        bound += DROPPED * (a.abs() @ b.abs().t()).norm(dim=0)
+    assert (error <= bound).all(), (product, int((error > bound).sum()), (error / bound).max())
 
 
 @pytest.mark.parametrize(("device", "shape"), SHAPES)
@@ -89,5 +99,6 @@ def test_every_product_is_that_of_independently_decoded_operands(name, device, s
     y = linear(x, w)
     y.backward(dy)
     for product, made in zip(PRODUCTS, (y, x.grad, w.grad), strict=True):
-        wanted = expected(product, recipe.gemm(product), x.detach(), w.detach(), dy)
-        assert ACCURATE(made.detach(), wanted) == "", product
+        gemm = recipe.gemm(product)
+        a, b = operands(product, gemm, x.detach(), w.detach(), dy)
+        assert_accurate(made.detach(), a, b, gemm is not None and gemm.fast_accum, product)
