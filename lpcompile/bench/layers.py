@@ -112,7 +112,7 @@ def predicted(layer: Layer, recipe: str, bf16_ms: float) -> float | None:
             e = cost.gain(
                 product,
                 gemm,
-                layer.tokens,
+                layer.tokens * linear.rows,
                 linear.n,
                 linear.k,
                 cost.target_for(gemm),
