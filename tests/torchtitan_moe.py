@@ -1,6 +1,6 @@
-"""torchtitan's mixture of experts, op by op (github.com/pytorch/torchtitan, models/moe/moe.py, 2026).
+"""torchtitan's mixture of experts, op by op (pytorch/torchtitan, models/moe/moe.py, of 2026).
 
-    router -> histc -> argsort -> gather -> [score] -> grouped_mm, in bf16 -> unsort -> [score] -> sum
+    router -> histc -> argsort -> gather -> [score] -> grouped_mm in bf16 -> unsort -> sum
     + a shared expert
 
 with what its configurations choose between, and what its versions do differently around the same
@@ -59,15 +59,18 @@ class GroupedExperts(nn.Module):
         self.w3 = nn.Parameter(torch.randn(args.num_experts, hidden, dim) * dim**-0.5)
 
     def forward(self, x, counts):
-        weights = (self.w1, self.w2, self.w3)
-        weights = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
         if not self.pads_groups:
-            return run_experts(*weights, x, counts)
+            return self.run(x, counts)
         x = torch.vstack((x, x.new_zeros(x.shape[-1])))
         at, padded = permutation(counts, len(x))
         out = x.new_empty(x.shape)
-        out[at, :] = run_experts(*weights, x[at, :], padded)
+        out[at, :] = self.run(x[at, :], padded)
         return out[:-1]
+
+    def run(self, x, counts):
+        weights = (self.w1, self.w2, self.w3)
+        weights = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
+        return run_experts(*weights, x, counts)
 
 
 def run_experts(w1, w2, w3, x, counts):
