@@ -13,36 +13,19 @@ import argparse
 import math
 import sysconfig
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import before_after
 import corpus
 import torch
-from gpt import GPT, LLAMA3_8B, MEDIUM, SMALL, TINY, Shape
+from gpt import GPT, LLAMA3_8B
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from training import LAP, Plan, Run, Variant, train
+from training import LAP, SIZES, Plan, Run, Variant, train
 
 import lpcompile
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model and how long it trains unless the command line says otherwise."""
-
-    shape: Shape
-    batch: int
-    steps: int
-    learning_rate: float
-
-
-SIZES = {
-    "tiny": Size(TINY, batch=16, steps=200, learning_rate=1e-3),
-    "small": Size(SMALL, batch=32, steps=1000, learning_rate=1e-3),
-    "medium": Size(MEDIUM, batch=16, steps=3000, learning_rate=6e-4),
-}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Run]:
@@ -112,15 +95,7 @@ def plan_of(args: argparse.Namespace, console: Console) -> Plan:
             "the same GEMMs and runs the graph op by op. bf16 then runs uncompiled."
         )
         codegen = "eager"
-    return Plan(
-        shape=size.shape,
-        batch=size.batch,
-        steps=args.steps or size.steps,
-        learning_rate=size.learning_rate,
-        device=args.device,
-        codegen=codegen,
-        per_block=size.shape.num_layers > TINY.num_layers,
-    )
+    return size.plan(args.device, codegen, args.steps)
 
 
 def has_compiler() -> bool:
@@ -143,11 +118,9 @@ def train_all(
     console: Console,
 ) -> dict[str, Run]:
     """bf16, each recipe from the same seed, then bf16 from another; a bar for each."""
-    variants = [
-        Variant("bf16", None, args.seed),
-        *(Variant(recipe, recipe, args.seed) for recipe in recipes),
-        Variant("bf16, other seed", None, args.seed + 1),
-    ]
+    variants = {name: Variant(name, name, args.seed) for name in recipes}
+    bf16 = Variant("bf16", None, args.seed)
+    variants = {"bf16": bf16, **variants, "bf16, other seed": replace(bf16, seed=args.seed + 1)}
     deadline = time.monotonic() + 60 * args.minutes
     runs: dict[str, Run] = {}
     columns = (
@@ -158,14 +131,14 @@ def train_all(
         TextColumn("{task.fields[losses]}"),
     )
     with Progress(*columns, console=console) as progress:
-        for variant in variants:
-            bar = progress.add_task(variant.name, total=plan.steps, losses="compiling")
+        for name, variant in variants.items():
+            bar = progress.add_task(name, total=plan.steps, losses="compiling")
 
             def on_lap(run: Run, bar=bar) -> None:
                 losses = both_losses(run, runs.get("bf16"))
                 progress.update(bar, completed=len(run.losses), losses=losses)
 
-            runs[variant.name] = train(variant, plan, text, on_lap, args.out, deadline)
+            runs[name] = train(variant, plan, text, on_lap, args.out, deadline)
     return runs
 
 
