@@ -249,7 +249,8 @@ class Checkpoint:
     def write(self, run: Run) -> None:
         """Leave the losses so far to be read; of a run that is finished they are all that stays."""
         fresh = self.losses.with_suffix(".tmp")
-        fresh.write_text(json.dumps({"identity": self.identity, "run": asdict(run)}))
+        record = {"identity": self.identity, "machine": machine(), "run": asdict(run)}
+        fresh.write_text(json.dumps(record))
         fresh.replace(self.losses)
         if run.is_finished:
             self.training.unlink(missing_ok=True)
@@ -323,6 +324,11 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
+
+
+def machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"torch {torch.__version__}, {device}"
 
 
 def start_of_memory(device: str) -> None:
