@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from corpus import Corpus, Windows
 from gpt import GPT, MEDIUM, SMALL, TINY, Shape
+from graphed import Graphed
 from torch import Tensor, nn
 
 import lpcompile
@@ -162,13 +163,34 @@ def loss_of(model: GPT, batch: tuple[Tensor, Tensor]) -> Tensor:
         return model(*batch)
 
 
-def validate(model: GPT, corpus: Corpus, plan: Plan) -> float:
+class Passes:
+    """What a step and a validation run of a model as it is compiled now: one call each.
+
+    ``train`` leaves clipped gradients and gives the loss; ``validate`` gives the loss alone.
+    """
+
+    def __init__(self, model: GPT, plan: Plan) -> None:
+        def train(*batch: Tensor) -> Tensor:
+            model.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            return loss.detach()
+
+        def validate(*batch: Tensor) -> Tensor:
+            # With grad, though none is taken: without it, another graph would be compiled.
+            return loss_of(model, batch).detach()
+
+        on_gpu = plan.device == "cuda"
+        self.train, self.validate = (Graphed(f) if on_gpu else f for f in (train, validate))
+
+
+def validation(passes: Passes, corpus: Corpus, plan: Plan) -> float:
     """The mean loss over the first windows of the validation files, the same for every run."""
     text = corpus.validation.to(plan.device)
     windows = Windows(text, context=plan.shape.context, batch=plan.batch, seed=0)
     num_batches = min(plan.num_validation_batches, windows.num_batches)
-    # With grad, though none is taken: without it, another graph would be compiled.
-    losses = [loss_of(model, windows[i]).detach() for i in range(num_batches)]
+    losses = [passes.validate(*windows[i]) for i in range(num_batches)]
     return torch.stack(losses).mean().item()
 
 
@@ -276,7 +298,7 @@ def train(
         return run
     start = len(run.losses)
     variant.compile(model, plan, start)
-    recipe = variant.recipe_at(start, plan)
+    recipe, passes = variant.recipe_at(start, plan), Passes(model, plan)
     text = corpus.train.to(plan.device)
     windows = Windows(text, context=plan.shape.context, batch=plan.batch, seed=variant.seed)
     start_of_memory(plan.device)
@@ -286,7 +308,11 @@ def train(
         if variant.recipe_at(step, plan) != recipe:
             recipe = variant.recipe_at(step, plan)
             lpcompile.switch(model, recipe)
-        losses.append(train_step(model, optimizer, windows[step], plan.rate(step)))
+            passes = Passes(model, plan)
+        losses.append(passes.train(*windows[step]))  # it stays on the device: nothing waits for it
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate(step)
+        optimizer.step()
         num_done = step + 1
         if num_done % LAP and num_done < plan.steps:
             continue
@@ -294,7 +320,7 @@ def train(
         losses.clear()
         clock.lap(num_done)
         if plan.validate_every and num_done % plan.validate_every == 0:
-            run.validations.append(validate(model, corpus, plan))
+            run.validations.append(validation(passes, corpus, plan))
             if checkpoint:
                 checkpoint.write(run)
         on_lap(run)
@@ -306,24 +332,10 @@ def train(
     if clock.intervals:
         run.tokens_per_second = plan.tokens / clock.seconds
     run.peak_bytes = peak_memory(plan.device)
-    run.validation = validate(model, corpus, plan)
+    run.validation = validation(passes, corpus, plan)
     if checkpoint:
         checkpoint.write(run)
     return run
-
-
-def train_step(
-    model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], rate: float
-) -> Tensor:
-    """One step of AdamW; the loss stays on the device, so that nothing waits for it."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    loss = loss_of(model, batch)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
 
 
 def machine() -> str:
