@@ -90,6 +90,7 @@ class Run:
     losses: list[float] = field(default_factory=list)
     validations: list[float] = field(default_factory=list)  # after each plan.validate_every steps
     validation: float | None = None  # at the end
+    loads: list[list[int]] = field(default_factory=list)  # tokens of each expert then, by layer
     tokens_per_second: float | None = None
     peak_bytes: int | None = None
 
@@ -150,7 +151,7 @@ class Variant:
 def build(plan: Plan, variant: Variant) -> tuple[GPT, torch.optim.AdamW]:
     """The model and its optimizer at step 0: the same weights on every device."""
     torch.manual_seed(variant.seed)
-    model = GPT(plan.shape).to(plan.device)
+    model = plan.shape.build().to(plan.device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
@@ -332,7 +333,11 @@ def train(
     if clock.intervals:
         run.tokens_per_second = plan.tokens / clock.seconds
     run.peak_bytes = peak_memory(plan.device)
+    loads = [b for name, b in model.named_buffers() if name.endswith(".load")]
+    for load in loads:
+        load.zero_()
     run.validation = validation(passes, corpus, plan)
+    run.loads = [load.tolist() for load in loads]
     if checkpoint:
         checkpoint.write(run)
     return run

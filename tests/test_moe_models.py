@@ -167,12 +167,17 @@ def hugging_face(name, **kwargs):
     return HuggingFaceLayer(name, **kwargs), experts
 
 
+# A compiled graph runs the decomposition of a sigmoid's gradient op by op in bf16, where CUDA's
+# kernel, which the oracle calls, rounds once.
+OTHER_BOUNDS = {("gpt_oss", "cuda"): per_column(0.04)}
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_a_hugging_face_block_has_the_oracles_gradients(name, recipe, device):
     model, experts = hugging_face(name, whole=False)
-    check(model, recipe, experts, 2, device)
+    check(model, recipe, experts, 2, device, close=OTHER_BOUNDS.get((name, device), close))
 
 
 @pytest.mark.parametrize("device", DEVICES)
