@@ -1,7 +1,7 @@
 """What is compared: plain Inductor, every recipe, and compiled torchao where it can be imported."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,7 +10,15 @@ from torch import nn
 
 from lpcompile.backend import lowprec
 from lpcompile.bench.machine import version_of
-from lpcompile.bench.models import LLAMAS, GroupedSwiGLU, Layer, built, llama_layer
+from lpcompile.bench.models import (
+    EXPERTS,
+    LLAMAS,
+    GroupedSwiGLU,
+    Layer,
+    built,
+    experts_layer,
+    llama_layer,
+)
 
 BASELINE = "bf16"
 TORCHAO = ("tensorwise", "rowwise")
@@ -105,8 +113,16 @@ def static_shapes() -> AbstractContextManager[None]:
 
 
 def warm_up(variants: Sequence[Variant], device: torch.device) -> None:
-    """Compile a small layer with Inductor's and our backend, so that no time has imports."""
+    """Compile a small layer with Inductor's and our backend, so that no time has imports.
+
+    Peers convert small experts, which imports what they need.
+    """
     layer = llama_layer("ffn", LLAMAS["tiny"])
     with static_shapes():
         for variant in [*variants[:1], *[v for v in variants if v.recipe][:1]]:
             variant.apply(built(layer, device))(*layer.inputs(device)).sum().backward()
+    experts = experts_layer(EXPERTS["tiny"], ragged=False)
+    for variant in variants:
+        if variant.is_peer:
+            with suppress(Exception):  # it is a row of the comparison that says so
+                variant.convert(built(experts, device))
