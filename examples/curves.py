@@ -120,9 +120,11 @@ def paired(curve: Curve, base: Curve) -> tuple[float, float]:
     """The mean difference of the training losses of the last tenth of the steps that both took, and
     its standard error, as shares of bf16's. Every batch is new to both, and the same."""
     both = min(len(curve.training), len(base.training))
-    last = slice(both - max(2, both // 10), both)
+    last = slice(max(0, both - max(2, both // 10)), both)
     ours, theirs = curve.training[last], base.training[last]
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    if len(differences) < 2:
+        return math.nan, math.nan
     error = stdev(differences) / math.sqrt(len(differences))
     return mean(differences) / mean(theirs), error / mean(theirs)
 
@@ -144,6 +146,10 @@ def row(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def share(difference: float) -> str:
+    return "" if math.isnan(difference) else f"{difference:+.2%}"
+
+
 def ends(curves: Curves) -> list[str]:
     """A row a run: where it ended, and how far from bf16."""
     head = ("run", "seed", "validation loss", "above bf16", "training, last tenth", "target")
@@ -153,7 +159,7 @@ def ends(curves: Curves) -> list[str]:
         cells = ["", "", ""]
         if base:
             difference, (tail, error) = above(c, base), paired(c, base)
-            cells = [f"{difference:+.2%}", f"{tail:+.2%} ± {error:.2%}"]
+            cells = [share(difference), share(tail) and f"{share(tail)} ± {error:.2%}"]
             cells.append(verdict(c, difference, curves.band))
         cut = f"cut after {len(c.training) * LAP} steps"
         loss = cut if c.validation is None else f"{c.validation:.4f}"
@@ -176,7 +182,7 @@ def course(curves: Curves, num_marks: int = 5) -> list[str]:
         if base:
             both = min(len(c.validations), len(base.validations))
             cells = [
-                f"{c.validations[m - 1] / base.validations[m - 1] - 1:+.2%}" if m <= both else ""
+                share(c.validations[m - 1] / base.validations[m - 1] - 1) if m <= both else ""
                 for m in marks
             ]
             lines.append(row(c.name, str(c.seed), *cells))
@@ -215,7 +221,7 @@ def draw(curves: Curves, path: Path) -> list[Path]:
             bottom.axhspan(-100 * curves.band, 100 * curves.band, color="0.9", label="noise band")
         bottom.axhline(0, color="black", linewidth=0.5)
         bottom.set(xlabel="million tokens", ylabel="above bf16, %")
-        top.set(ylabel="validation loss, nats per byte", yscale="log")
+        top.set(ylabel="validation loss, nats per byte")
         for axis in (top, bottom):
             axis.legend(fontsize=8)
         made.append(path.with_name(f"{path.stem}_{family}.png"))
