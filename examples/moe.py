@@ -20,7 +20,7 @@ class MoEShape(Shape):
     num_experts: int
     top_k: int
     expert_hidden: int
-    balance: float = 0.01  # of the balancing loss
+    balance: float = 0.01  # of each layer's balancing loss
 
     def build(self) -> "MoEGPT":
         return MoEGPT(self)
@@ -97,5 +97,5 @@ class MoEGPT(GPT):
         for block in self.blocks:
             x, u = block(x, self.cos, self.sin)
             uneven.append(u)
-        penalty = self.balance * torch.stack(uneven).mean()
+        penalty = self.balance * torch.stack(uneven).sum()
         return self.loss(x, targets) + (penalty - penalty.detach())

@@ -5,6 +5,7 @@ their losses may be subtracted step by step. A run that was interrupted goes on 
 as if it had not been.
 """
 
+import gc
 import json
 import math
 import time
@@ -350,6 +351,7 @@ def machine() -> str:
 
 def start_of_memory(device: str) -> None:
     if device == "cuda":
+        gc.collect()  # what a run before left behind
         torch.cuda.reset_peak_memory_stats()
 
 
