@@ -9,214 +9,35 @@ seed, tells how large a difference means nothing. With --out, a run that was int
 where it was, and runs that finished are not repeated.
 """
 
-import argparse
-import math
-import sysconfig
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import before_after
-import corpus
 import torch
-from gpt import GPT, LLAMA3_8B, MEDIUM, SMALL, TINY, Shape
+from comparison import are_finished, arguments, compare, plan_of, plot
+from gpt import GPT, LLAMA3_8B
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from training import LAP, Plan, Run, Variant, train
+from training import SIZES, Run
 
 import lpcompile
 
 
-@dataclass(frozen=True)
-class Size:
-    """A model and how long it trains unless the command line says otherwise."""
-
-    shape: Shape
-    batch: int
-    steps: int
-    learning_rate: float
-
-
-SIZES = {
-    "tiny": Size(TINY, batch=16, steps=200, learning_rate=1e-3),
-    "small": Size(SMALL, batch=32, steps=1000, learning_rate=1e-3),
-    "medium": Size(MEDIUM, batch=16, steps=3000, learning_rate=6e-4),
-}
-
-
 def main(argv: list[str] | None = None) -> dict[str, Run]:
     """The whole comparison; the runs by name, those that a deadline left unfinished too."""
-    args = arguments(argv)
+    args = arguments(__doc__, SIZES, argv)
     console = Console(highlight=False)
     plan = plan_of(args, console)
-    recipes = args.recipe.split(",")
+    recipe = args.recipe.split(",")[0]
 
     console.print("One linear's three GEMMs, before and after:")
-    for line in before_after.lines(recipes[0]):
+    for line in before_after.lines(recipe):
         console.print(line, markup=False, soft_wrap=True)
 
-    reports = {recipe: explain_gpt(plan, recipe) for recipe in recipes}
-    console.print(str(replace(reports[recipes[0]], saved_bytes=None)), markup=False, soft_wrap=True)
-
-    text = corpus.load(args.corpus)
-    console.print(f"{args.corpus}: {text}", soft_wrap=True)
-    runs = train_all(args, plan, recipes, text, console)
-    if not all(run.is_finished for run in runs.values()):
-        console.print(f"Stopped after {args.minutes} minutes: the same command goes on from here.")
-        return runs
-
-    console.print(differences(runs))
-    for recipe, report in reports.items():
-        before, after = report.saved_bytes
-        console.print(
-            f"Saved for the backward of a step, weights not counted: {before / 2**20:.1f} MiB in "
-            f"bf16, {after / 2**20:.1f} MiB in {recipe} ({after / before:.2f}x)",
-            soft_wrap=True,
-        )
-    console.print(costs(runs, plan), soft_wrap=True)
-    explain_llama(recipes[0], console)
-    picture = (args.out or Path()) / "loss.png"
-    console.print(plot(runs, picture))
+    runs = compare(args, plan, console)
+    if are_finished(runs):
+        explain_llama(recipe, console)
+        console.print(plot(runs, (args.out or Path()) / "loss.png"))
     return runs
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--recipe", default="fp8_rowwise", help="a recipe's name, or several with commas between")
-    add("--steps", type=int, help="training steps (default: the size's own)")
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--size", choices=SIZES, help="the model (default: tiny on a CPU, small on a GPU)")
-    add("--corpus", default="stdlib", help="stdlib, all (every installed package), or a folder")
-    add("--seed", type=int, default=0, help="of the weights and of the order of the data")
-    add("--codegen", choices=["inductor", "eager"], default="inductor", help="as in lpcompile")
-    add("--out", type=Path, help="keep checkpoints, losses and loss.png in this folder")
-    add("--minutes", type=float, default=math.inf, help="stop training after so long (with --out)")
-    args = parser.parse_args(argv)
-    if args.steps is not None and args.steps < 1:
-        parser.error(f"--steps is at least 1, got {args.steps}")
-    if args.minutes < math.inf and not args.out:
-        parser.error("--minutes needs --out, where the runs are kept to go on with")
-    return args
-
-
-def plan_of(args: argparse.Namespace, console: Console) -> Plan:
-    size = SIZES[args.size or ("small" if args.device == "cuda" else "tiny")]
-    codegen = args.codegen
-    if codegen == "inductor" and not has_compiler():
-        console.print(
-            "No C++ compiler with Python's headers here: running codegen='eager', which rewrites "
-            "the same GEMMs and runs the graph op by op. bf16 then runs uncompiled."
-        )
-        codegen = "eager"
-    return Plan(
-        shape=size.shape,
-        batch=size.batch,
-        steps=args.steps or size.steps,
-        learning_rate=size.learning_rate,
-        device=args.device,
-        codegen=codegen,
-        per_block=size.shape.num_layers > TINY.num_layers,
-    )
-
-
-def has_compiler() -> bool:
-    """Whether Inductor can build what it generates: a C++ compiler and Python's headers."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return False
-    return (Path(sysconfig.get_path("include")) / "Python.h").exists()
-
-
-def train_all(
-    args: argparse.Namespace,
-    plan: Plan,
-    recipes: list[str],
-    text: corpus.Corpus,
-    console: Console,
-) -> dict[str, Run]:
-    """bf16, each recipe from the same seed, then bf16 from another; a bar for each."""
-    variants = [
-        Variant("bf16", None, args.seed),
-        *(Variant(recipe, recipe, args.seed) for recipe in recipes),
-        Variant("bf16, other seed", None, args.seed + 1),
-    ]
-    deadline = time.monotonic() + 60 * args.minutes
-    runs: dict[str, Run] = {}
-    columns = (
-        TextColumn("{task.description:18}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[losses]}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        for variant in variants:
-            bar = progress.add_task(variant.name, total=plan.steps, losses="compiling")
-
-            def on_lap(run: Run, bar=bar) -> None:
-                losses = both_losses(run, runs.get("bf16"))
-                progress.update(bar, completed=len(run.losses), losses=losses)
-
-            runs[variant.name] = train(variant, plan, text, on_lap, args.out, deadline)
-    return runs
-
-
-def both_losses(run: Run, bf16: Run | None) -> str:
-    """The loss of the last few steps, beside bf16's of the same steps."""
-    step = len(run.losses)
-    if not step:
-        return "compiling"
-    loss, base = (
-        sum(r.losses[max(0, step - LAP) : step]) / min(LAP, step) for r in (run, bf16 or run)
-    )
-    return f"loss {loss:.4f}" if bf16 is None else f"loss {loss:.4f}, bf16 {base:.4f}"
-
-
-def differences(runs: dict[str, Run]) -> Table:
-    """Each run's losses, and how far they are from bf16's."""
-    table = Table("", "training loss", "difference", "validation loss", "difference")
-    bf16 = runs["bf16"]
-    for name, run in runs.items():
-        table.add_row(
-            name,
-            f"{run.tail:.4f}",
-            "" if run is bf16 else f"{run.tail / bf16.tail - 1:+.2%}",
-            f"{run.validation:.4f}",
-            "" if run is bf16 else f"{run.validation / bf16.validation - 1:+.2%}",
-        )
-    table.caption = (
-        f"training loss: mean of the last {max(1, len(bf16.losses) // 10)} steps, nats per byte"
-    )
-    return table
-
-
-def costs(runs: dict[str, Run], plan: Plan) -> Table | str:
-    """Tokens a second and peak memory on a GPU; on a CPU, why there are none."""
-    if plan.device != "cuda":
-        return (
-            "The formats are emulated on a CPU: the same quantized bits as on a GPU, computed "
-            "with fp32 arithmetic. So no speed is given here."
-        )
-    table = Table("", "tokens/s", "peak memory", title=torch.cuda.get_device_name())
-    for name, run in runs.items():
-        table.add_row(name, f"{run.tokens_per_second:,.0f}", f"{run.peak_bytes / 2**30:.2f} GiB")
-    return table
-
-
-def explain_gpt(plan: Plan, recipe: str) -> lpcompile.Report:
-    """What becomes of every GEMM of the model that is trained here."""
-    model = GPT(plan.shape).to(plan.device)
-    tokens = torch.zeros(plan.batch, plan.shape.context, dtype=torch.long, device=plan.device)
-    with torch.autocast(plan.device, torch.bfloat16):
-        return lpcompile.explain(model, tokens, tokens, recipe=recipe, options={"rewrite": "all"})
 
 
 def explain_llama(recipe: str, console: Console) -> None:
@@ -229,33 +50,6 @@ def explain_llama(recipe: str, console: Console) -> None:
     seconds = time.perf_counter() - start
     console.print(f"A Llama3-8B on 2 x 8192 tokens, on no device at all, in {seconds:.0f} s:")
     console.print(str(report), markup=False, soft_wrap=True)
-
-
-def plot(runs: dict[str, Run], path: Path) -> str:
-    """Draw the losses, smoothed, and their distance from bf16's; say where."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "No loss.png: matplotlib is not installed (pip install 'lpcompile[inspect]')."
-    figure = Figure(figsize=(9, 7), layout="tight")
-    top, bottom = figure.subplots(2, sharex=True, height_ratios=[2, 1])
-    width = max(1, len(runs["bf16"].losses) // 50)
-    curves = {name: smooth(run.losses, width) for name, run in runs.items()}
-    for i, (name, curve) in enumerate(curves.items()):
-        top.plot(curve, label=name, linewidth=1, color=f"C{i}")
-        if name != "bf16":
-            bottom.plot(curve - curves["bf16"], linewidth=1, color=f"C{i}")
-    top.set(ylabel="training loss, nats per byte")
-    bottom.set(xlabel=f"step (mean of {width})", ylabel="minus bf16")
-    bottom.axhline(0, color="black", linewidth=0.5)
-    top.legend()
-    figure.savefig(path, dpi=120)
-    return f"Wrote {path}"
-
-
-def smooth(losses: list[float], width: int) -> torch.Tensor:
-    """The mean of each ``width`` losses in a row."""
-    return torch.tensor(losses).unfold(0, width, 1).mean(1)
 
 
 if __name__ == "__main__":

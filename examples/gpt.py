@@ -25,6 +25,10 @@ class Shape:
     vocabulary: int = 256  # bytes
     rope_base: float = 10_000.0
 
+    def build(self) -> "GPT":
+        """A model of this shape, with new weights."""
+        return GPT(self)
+
 
 TINY = Shape(dim=128, num_layers=2, num_heads=4, num_kv_heads=4, hidden=352, context=128)
 SMALL = Shape(dim=512, num_layers=8, num_heads=8, num_kv_heads=8, hidden=1408, context=512)
@@ -79,12 +83,14 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    feed_forward: type[nn.Module] = FeedForward
+
     def __init__(self, s: Shape) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(s.dim, eps=1e-5)
         self.attention = Attention(s)
         self.ffn_norm = nn.RMSNorm(s.dim, eps=1e-5)
-        self.ffn = FeedForward(s)
+        self.ffn = self.feed_forward(s)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin)
@@ -94,10 +100,12 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """tokens[B, T], targets[B, T] -> the mean cross-entropy, in nats per token."""
 
+    block: type[nn.Module] = Block
+
     def __init__(self, s: Shape) -> None:
         super().__init__()
         self.embedding = nn.Embedding(s.vocabulary, s.dim)
-        self.blocks = nn.ModuleList(Block(s) for _ in range(s.num_layers))
+        self.blocks = nn.ModuleList(self.block(s) for _ in range(s.num_layers))
         self.norm = nn.RMSNorm(s.dim, eps=1e-5)
         self.head = nn.Linear(s.dim, s.vocabulary, bias=False)
         cos, sin = rotary(s)
@@ -108,14 +116,18 @@ class GPT(nn.Module):
     def reset(self, s: Shape) -> None:
         """Normal weights; what writes to the residual stream is scaled by its depth (GPT-2)."""
         for name, p in self.named_parameters():
-            if p.dim() == 2:
-                residual = name.endswith(("wo.weight", "w2.weight"))
+            if p.dim() > 1:
+                residual = name.endswith(("wo.weight", "w2.weight", "experts.w2"))
                 nn.init.normal_(p, std=0.02 / (2 * s.num_layers) ** 0.5 if residual else 0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.embedding(tokens)  # [B, T, dim]
         for block in self.blocks:
             x = block(x, self.cos, self.sin)
+        return self.loss(x, targets)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """x[B, T, dim] after the last block, targets[B, T] -> the mean cross-entropy."""
         logits = self.head(self.norm(x))  # [B, T, vocabulary]
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 

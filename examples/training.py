@@ -5,18 +5,22 @@ their losses may be subtracted step by step. A run that was interrupted goes on 
 as if it had not been.
 """
 
+import gc
 import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from corpus import Corpus, Windows
-from gpt import GPT, Shape
+from gpt import GPT, MEDIUM, SMALL, TINY, Shape
+from graphed import Graphed
 from torch import Tensor, nn
+
+import lpcompile
+from lpcompile import Recipe, Rule
 
 LAP = 10  # steps between two looks at the losses
 
@@ -33,6 +37,7 @@ class Plan:
     codegen: str = "inductor"
     per_block: bool = False  # compile block by block: they are alike, so one compile serves all
     num_validation_batches: int = 16
+    validate_every: int | None = None  # steps, a multiple of LAP; the end is validated anyway
     save_every: int = 250
 
     @property
@@ -49,13 +54,44 @@ class Plan:
         return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
+@dataclass(frozen=True)
+class Size:
+    """A model and how long it trains unless the command line says otherwise."""
+
+    shape: Shape
+    batch: int
+    steps: int
+    learning_rate: float
+
+    def plan(self, device: str, codegen: str, steps: int | None = None, **more: int) -> Plan:
+        return Plan(
+            shape=self.shape,
+            batch=self.batch,
+            steps=steps or self.steps,
+            learning_rate=self.learning_rate,
+            device=device,
+            codegen=codegen,
+            per_block=self.shape.num_layers > TINY.num_layers,
+            **more,
+        )
+
+
+SIZES = {
+    "tiny": Size(TINY, batch=16, steps=200, learning_rate=1e-3),
+    "small": Size(SMALL, batch=32, steps=1000, learning_rate=1e-3),
+    "medium": Size(MEDIUM, batch=16, steps=3000, learning_rate=6e-4),
+}
+
+
 @dataclass
 class Run:
     """What a training run left: losses by step, and on a GPU what it cost."""
 
     name: str
     losses: list[float] = field(default_factory=list)
-    validation: float | None = None
+    validations: list[float] = field(default_factory=list)  # after each plan.validate_every steps
+    validation: float | None = None  # at the end
+    loads: list[list[int]] = field(default_factory=list)  # tokens of each expert then, by layer
     tokens_per_second: float | None = None
     peak_bytes: int | None = None
 
@@ -72,33 +108,51 @@ class Run:
 
 @dataclass(frozen=True)
 class Variant:
-    """A name, the recipe it trains under (None: bf16, without lpcompile) and a seed."""
+    """What a run trains under, from which seed. With no recipe: in bf16, without lpcompile.
+
+    rules: as in lpcompile.Options.
+    ending: the recipe of the last ``ending_share`` of the steps, switched to in the running model.
+    """
 
     name: str
-    recipe: str | None
+    recipe: str | Recipe | None
     seed: int
+    rules: tuple[Rule, ...] = ()
+    ending: Recipe | None = None
+    ending_share: float = 0.15
 
     @property
     def file(self) -> str:
-        return f"{self.recipe or 'bf16'}-seed{self.seed}"
+        return f"{self.name}-seed{self.seed}"
 
-    def compile(self, model: GPT, plan: Plan) -> None:
+    def recipe_at(self, step: int, plan: Plan) -> str | Recipe | None:
+        """A function of the step alone, so that a resumed run needs no memory of a switch."""
+        is_ending = self.ending is not None and step >= round((1 - self.ending_share) * plan.steps)
+        return self.ending if is_ending else self.recipe
+
+    def compile(self, model: GPT, plan: Plan, step: int = 0) -> None:
         """Compile the model in place; its parameters and their names stay as they are."""
-        how: dict[str, Any] = {}
-        if self.recipe is not None:
-            # GEMMs this small gain nothing, and the cost model would leave them in bf16.
-            options = {"recipe": self.recipe, "rewrite": "all", "codegen": plan.codegen}
-            how = {"backend": "lowprec", "options": options}
-        elif plan.codegen == "eager":
+        recipe = self.recipe_at(step, plan)
+        if recipe is None:
+            if plan.codegen == "inductor":
+                for module in model.blocks if plan.per_block else [model]:
+                    module.compile(fullgraph=True)
             return
-        for module in model.blocks if plan.per_block else [model]:
-            module.compile(fullgraph=True, **how)
+        # GEMMs this small gain nothing, and the cost model would leave them in bf16.
+        options = {"rewrite": "all", "codegen": plan.codegen}
+        if plan.per_block:
+            lpcompile.compile_blocks(
+                model, model.blocks, recipe=recipe, rules=self.rules, options=options
+            )
+        else:
+            options |= {"recipe": recipe, "rules": self.rules}
+            model.compile(backend="lowprec", options=options, fullgraph=True)
 
 
 def build(plan: Plan, variant: Variant) -> tuple[GPT, torch.optim.AdamW]:
     """The model and its optimizer at step 0: the same weights on every device."""
     torch.manual_seed(variant.seed)
-    model = GPT(plan.shape).to(plan.device)
+    model = plan.shape.build().to(plan.device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
@@ -107,18 +161,38 @@ def build(plan: Plan, variant: Variant) -> tuple[GPT, torch.optim.AdamW]:
 
 def loss_of(model: GPT, batch: tuple[Tensor, Tensor]) -> Tensor:
     """The loss of a batch, its GEMMs in bf16 from fp32 weights."""
-    device = model.cos.device
-    tokens, targets = (t.to(device) for t in batch)
-    with torch.autocast(device.type, torch.bfloat16):
-        return model(tokens, targets)
+    with torch.autocast(model.cos.device.type, torch.bfloat16):
+        return model(*batch)
 
 
-def validate(model: GPT, corpus: Corpus, plan: Plan) -> float:
+class Passes:
+    """What a step and a validation run of a model as it is compiled now: one call each.
+
+    ``train`` leaves clipped gradients and gives the loss; ``validate`` gives the loss alone.
+    """
+
+    def __init__(self, model: GPT, plan: Plan) -> None:
+        def train(*batch: Tensor) -> Tensor:
+            model.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            return loss.detach()
+
+        def validate(*batch: Tensor) -> Tensor:
+            # With grad, though none is taken: without it, another graph would be compiled.
+            return loss_of(model, batch).detach()
+
+        on_gpu = plan.device == "cuda"
+        self.train, self.validate = (Graphed(f) if on_gpu else f for f in (train, validate))
+
+
+def validation(passes: Passes, corpus: Corpus, plan: Plan) -> float:
     """The mean loss over the first windows of the validation files, the same for every run."""
-    windows = Windows(corpus.validation, context=plan.shape.context, batch=plan.batch, seed=0)
+    text = corpus.validation.to(plan.device)
+    windows = Windows(text, context=plan.shape.context, batch=plan.batch, seed=0)
     num_batches = min(plan.num_validation_batches, windows.num_batches)
-    # With grad, though none is taken: without it, another graph would be compiled.
-    losses = [loss_of(model, windows[i]).detach() for i in range(num_batches)]
+    losses = [passes.validate(*windows[i]) for i in range(num_batches)]
     return torch.stack(losses).mean().item()
 
 
@@ -142,14 +216,14 @@ class Clock:
 
 
 class Checkpoint:
-    """Where one run stands, in a folder: everything while it trains, then its losses as JSON.
+    """Where one run stands, in a folder: its losses as JSON, and until it ends everything else.
 
     A folder that holds a run of another plan, or on other text, is an error and not a start.
     """
 
     def __init__(self, folder: Path, variant: Variant, plan: Plan, corpus: Corpus) -> None:
         self.training = folder / f"{variant.file}.pt"
-        self.finished = self.training.with_suffix(".json")
+        self.losses = self.training.with_suffix(".json")
         self.identity = {
             "plan": {k: v for k, v in asdict(plan).items() if k not in ("device", "save_every")},
             "bytes": [corpus.train.numel(), corpus.validation.numel()],
@@ -158,10 +232,12 @@ class Checkpoint:
 
     def load(self, model: GPT, optimizer: torch.optim.Optimizer) -> Run | None:
         """The run as it was left, and unless it is finished the model and optimizer with it."""
-        if self.finished.exists():
-            record = json.loads(self.finished.read_text())
+        if self.losses.exists():
+            record = json.loads(self.losses.read_text())
             self.check(record["identity"])
-            return Run(**record["run"])
+            run = Run(**record["run"])
+            if run.is_finished:
+                return run
         if not self.training.exists():
             return None
         state = torch.load(self.training, map_location="cpu")
@@ -176,7 +252,7 @@ class Checkpoint:
     def check(self, identity: dict[str, object]) -> None:
         if identity != self.identity:
             raise ValueError(
-                f"{self.finished.parent} holds a run with another plan or on other text: name "
+                f"{self.losses.parent} holds a run with another plan or on other text: name "
                 f"another folder, or delete it (there: {identity}; here: {self.identity})"
             )
 
@@ -194,10 +270,14 @@ class Checkpoint:
         torch.save(state, fresh)
         fresh.replace(self.training)
 
-    def finish(self, run: Run) -> None:
-        """Keep the losses, drop the weights."""
-        self.finished.write_text(json.dumps({"identity": self.identity, "run": asdict(run)}))
-        self.training.unlink(missing_ok=True)
+    def write(self, run: Run) -> None:
+        """Leave the losses so far to be read; of a run that is finished they are all that stays."""
+        fresh = self.losses.with_suffix(".tmp")
+        record = {"identity": self.identity, "machine": machine(), "run": asdict(run)}
+        fresh.write_text(json.dumps(record))
+        fresh.replace(self.losses)
+        if run.is_finished:
+            self.training.unlink(missing_ok=True)
 
 
 def train(
@@ -218,49 +298,60 @@ def train(
     on_lap(run)
     if run.is_finished:
         return run
-    variant.compile(model, plan)
-    windows = Windows(corpus.train, context=plan.shape.context, batch=plan.batch, seed=variant.seed)
+    start = len(run.losses)
+    variant.compile(model, plan, start)
+    recipe, passes = variant.recipe_at(start, plan), Passes(model, plan)
+    text = corpus.train.to(plan.device)
+    windows = Windows(text, context=plan.shape.context, batch=plan.batch, seed=variant.seed)
     start_of_memory(plan.device)
-    clock = Clock(len(run.losses))
+    clock = Clock(start)
     losses: list[Tensor] = []
-    for step in range(len(run.losses), plan.steps):
-        losses.append(train_step(model, optimizer, windows[step], plan.rate(step)))
-        if (step + 1) % LAP and step + 1 < plan.steps:
+    for step in range(start, plan.steps):
+        if variant.recipe_at(step, plan) != recipe:
+            recipe = variant.recipe_at(step, plan)
+            lpcompile.switch(model, recipe)
+            passes = Passes(model, plan)
+        losses.append(passes.train(*windows[step]))  # it stays on the device: nothing waits for it
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate(step)
+        optimizer.step()
+        num_done = step + 1
+        if num_done % LAP and num_done < plan.steps:
             continue
         run.losses += torch.stack(losses).tolist()
         losses.clear()
-        clock.lap(step + 1)
+        clock.lap(num_done)
+        if plan.validate_every and num_done % plan.validate_every == 0:
+            run.validations.append(validation(passes, corpus, plan))
+            if checkpoint:
+                checkpoint.write(run)
         on_lap(run)
         is_late = time.monotonic() > deadline
-        if checkpoint and (is_late or (step + 1) % plan.save_every == 0):
+        if checkpoint and (is_late or num_done % plan.save_every == 0):
             checkpoint.save(run, model, optimizer)
         if is_late:
             return run
     if clock.intervals:
         run.tokens_per_second = plan.tokens / clock.seconds
     run.peak_bytes = peak_memory(plan.device)
-    run.validation = validate(model, corpus, plan)
+    loads = [b for name, b in model.named_buffers() if name.endswith(".load")]
+    for load in loads:
+        load.zero_()
+    run.validation = validation(passes, corpus, plan)
+    run.loads = [load.tolist() for load in loads]
     if checkpoint:
-        checkpoint.finish(run)
+        checkpoint.write(run)
     return run
 
 
-def train_step(
-    model: GPT, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], rate: float
-) -> Tensor:
-    """One step of AdamW; the loss stays on the device, so that nothing waits for it."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    loss = loss_of(model, batch)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
+def machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"torch {torch.__version__}, {device}"
 
 
 def start_of_memory(device: str) -> None:
     if device == "cuda":
+        gc.collect()  # what a run before left behind
         torch.cuda.reset_peak_memory_stats()
 
 

@@ -1,17 +1,20 @@
 """``torch.compile(model, backend="lowprec")``: Inductor, with lpcompile's passes in it.
 
-Found by the entry points of this package, so that nothing need be imported. It is not registered
-by ``register_backend`` too: that fails with "duplicate name" when the package was not imported
-first (torch 2.11 and 2.13).
+Found by the entry points of this package, so that nothing need be imported. A checkout that is only
+on the path has none: there, importing it registers what they would name. Never both:
+``register_backend`` fails with "duplicate name" in a process that comes by the entry point (torch
+2.11 to 2.13).
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import entry_points
 from typing import Any
 
 from torch import fx
+from torch._dynamo import register_backend
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -117,3 +120,8 @@ def _for_memory_budget() -> dict[str, Any]:
     Without this every op of ours is recomputed under a budget below 1 (torch 2.11 to 2.13).
     """
     return {"is_non_builtin_to_include": functorch_config.activation_memory_budget < 1}
+
+
+for _compiler in (lowprec, lowprec_eager):
+    if _compiler.__name__ not in entry_points(group="torch_dynamo_backends").names:
+        register_backend(_compiler)

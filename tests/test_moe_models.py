@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._inductor import config
 from torch.overrides import TorchFunctionMode
+from torchtitan_moe import MoE, MoEArgs
 
 import lpcompile
 from lpcompile.ops.define import per_column
@@ -84,44 +85,8 @@ class HuggingFaceLayer(nn.Module):
         return y[0] if isinstance(y, tuple) else y
 
 
-class TokenChoiceMoE(nn.Module):
-    """torchtitan's block, op by op: sigmoid router, sort, three grouped products, shared expert."""
-
-    def __init__(self, num_experts=8, top_k=2):
-        super().__init__()
-        self.num_experts, self.top_k = num_experts, top_k
-        self.gate = nn.Linear(DIM, num_experts, bias=False)
-        self.w1, self.w3 = (
-            nn.Parameter(torch.randn(num_experts, HIDDEN, DIM) / 8) for _ in range(2)
-        )
-        self.w2 = nn.Parameter(torch.randn(num_experts, DIM, HIDDEN) / 6)
-        self.shared = nn.ModuleList(
-            [nn.Linear(DIM, HIDDEN, bias=False), nn.Linear(HIDDEN, DIM, bias=False)]
-        )
-        self.register_buffer("expert_bias", torch.zeros(num_experts))
-
-    def forward(self, x):
-        batch, length, dim = x.shape
-        x = x.view(-1, dim)
-        scores = torch.sigmoid(self.gate(x).to(torch.float32))
-        _, chosen = torch.topk(scores + self.expert_bias, self.top_k, dim=1)
-        scores = scores.gather(1, chosen)
-        counts = torch.histc(chosen.view(-1).float(), self.num_experts, 0, self.num_experts)
-        order = torch.argsort(chosen.view(-1), stable=True)
-        tokens = order // self.top_k
-        routed = torch.gather(x, 0, tokens[:, None].expand(-1, dim))
-        routed = (routed.float() * scores.view(-1)[order][:, None]).to(x.dtype)
-        offs = torch.cumsum(counts, 0, dtype=torch.int32)
-        h = F.silu(torch._grouped_mm(routed, self.w1.bfloat16().transpose(-2, -1), offs=offs))
-        h = h * torch._grouped_mm(routed, self.w3.bfloat16().transpose(-2, -1), offs=offs)
-        out = torch._grouped_mm(h, self.w2.bfloat16().transpose(-2, -1), offs=offs).type_as(x)
-        first, second = self.shared
-        y = second(F.silu(first(x)))
-        return y.scatter_add(0, tokens[:, None].expand(-1, dim), out).view(batch, length, dim)
-
-
 class Oracle(TorchFunctionMode):
-    """Linears and grouped products through the eager oracle, routers as they are."""
+    """bf16 linears and grouped products through the eager oracle, routers as they are."""
 
     def __init__(self, recipe, num_experts):
         super().__init__()
@@ -129,7 +94,8 @@ class Oracle(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.linear and args[1].shape[0] != self.num_experts:
+        narrow = func is F.linear and args[1].dtype == torch.bfloat16
+        if narrow and args[1].shape[0] != self.num_experts:
             return lpcompile.linear(*args, **kwargs, recipe=self.recipe)
         if func is torch._grouped_mm:  # F.grouped_mm calls it too
             return lpcompile.grouped_mm(*args, kwargs["offs"], recipe=self.recipe)
@@ -175,7 +141,7 @@ def check(model, recipe, num_experts, num_grouped, device, close=close, **option
     """Roles, and every gradient per column; of an expert's weight, per expert too."""
     torch.manual_seed(0)
     model = model.to(device)
-    x = torch.randn(2, TOKENS, DIM, device=device).bfloat16()
+    x = torch.randn(2, TOKENS, DIM, device=device).to(next(model.parameters()).dtype)
     with observe() as compiles:
         made = step(compiled(model, recipe=recipe, **options), x)
     with Oracle(recipe, num_experts):
@@ -201,12 +167,17 @@ def hugging_face(name, **kwargs):
     return HuggingFaceLayer(name, **kwargs), experts
 
 
+# A compiled graph runs the decomposition of a sigmoid's gradient op by op in bf16, where CUDA's
+# kernel, which the oracle calls, rounds once.
+OTHER_BOUNDS = {("gpt_oss", "cuda"): per_column(0.04)}
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_a_hugging_face_block_has_the_oracles_gradients(name, recipe, device):
     model, experts = hugging_face(name, whole=False)
-    check(model, recipe, experts, 2, device)
+    check(model, recipe, experts, 2, device, close=OTHER_BOUNDS.get((name, device), close))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -216,11 +187,49 @@ def test_a_hugging_face_layer_has_the_oracles_gradients(name, device):
     check(model, "fp8_rowwise", experts, 2, device, close=whole_layer)
 
 
+TORCHTITAN = {
+    "llama4": MoEArgs(top_k=1),
+    "deepseek v3 671b": MoEArgs(route_norm=True, route_scale=2.5, score_before_experts=False),
+    "deepseek v3 16b": MoEArgs(
+        num_shared_experts=2, score_func="softmax", score_before_experts=False, balances=False
+    ),
+    "padded groups": MoEArgs(pads_groups=True),
+    "scatters, scored before": MoEArgs(scatters=True),
+    "scatters, scored after": MoEArgs(scatters=True, score_before_experts=False),
+}
+
+
+@pytest.mark.parametrize("name", TORCHTITAN)
+def test_torchtitans_block_is_the_weighted_sum_of_its_experts(name):
+    """Of every expert on every token, in fp32: the steps above lose and mix no token."""
+    torch.manual_seed(0)
+    args = TORCHTITAN[name]
+    model, x = MoE(args, DIM, HIDDEN), torch.randn(2, TOKENS, DIM)
+    tokens = x.view(-1, DIM)
+    scores, chosen, _ = model.router(tokens, model.expert_bias)
+    weights = torch.zeros(len(tokens), args.num_experts).scatter(1, chosen, scores)  # [T, E]
+    each = tokens.expand(args.num_experts, -1, -1)  # [E, T, DIM]
+    if args.score_before_experts:
+        each, weights = each * weights.t()[..., None], (weights > 0).float()
+    e = model.experts
+    h = F.silu(each @ e.w1.transpose(1, 2)) * (each @ e.w3.transpose(1, 2))
+    routed = torch.einsum("te,etd->td", weights, h @ e.w2.transpose(1, 2))
+    expected = (routed + model.shared_experts(tokens)).view(x.shape)
+    assert per_column(0.02)(model(x).flatten(0, 1), expected.flatten(0, 1)) == ""
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_torchtitans_block_has_the_oracles_gradients(recipe, device):
+@pytest.mark.parametrize("name", TORCHTITAN)
+def test_torchtitans_block_has_the_oracles_gradients(name, recipe, device):
     torch.manual_seed(0)
-    check(TokenChoiceMoE().bfloat16(), recipe, 8, 3, device)
+    check(MoE(TORCHTITAN[name], DIM, HIDDEN).bfloat16(), recipe, 8, 3, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_torchtitans_experts_of_fp32_weights_have_the_oracles_gradients(device):
+    torch.manual_seed(0)
+    check(MoE(TORCHTITAN["llama4"], DIM, HIDDEN), "fp8_rowwise", 8, 3, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)

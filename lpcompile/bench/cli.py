@@ -4,15 +4,25 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lpcompile.bench import gemms, kernels, layers, profile, report, training, variants
 from lpcompile.bench.machine import CPU_NOTE, describe, watch_clocks
-from lpcompile.bench.models import EXPERTS, LLAMAS, Llama, experts_layer, llama_layer
+from lpcompile.bench.models import (
+    EXPERTS,
+    LLAMAS,
+    Experts,
+    Layer,
+    Llama,
+    experts_layer,
+    llama_layer,
+)
+from lpcompile.bench.moe import MOES, MoE, moe_layer
 from lpcompile.bench.report import Result
 from lpcompile.errors import OptionError
 from lpcompile.options import parse
@@ -28,20 +38,23 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="WHAT")
     for part in ("ffn", "block"):
         what = f"forward + backward of one {part}, every way to compile it, interleaved"
-        command = _command(commands, part, what, _layer)
+        command = _command(commands, part, what, _layer, [*LLAMAS, *MOES])
         _add_variants(command)
+        _add_ragged(command)
         command.add_argument("--tp", type=int, default=1, help="one rank's shard of so many")
     what = "forward + backward of SwiGLU experts, grouped GEMMs"
-    command = _command(commands, "experts", what, _experts, list(EXPERTS))
+    command = _command(commands, "experts", what, _layer, list(EXPERTS))
     _add_variants(command)
-    command.add_argument("--ragged", action="store_true", help="groups of any size, not of 16 n")
+    _add_ragged(command)
     command = _command(commands, "gemm", "every GEMM of a block, product by product", _gemm)
     _add_recipes(command, [name for name, r in RECIPES.items() if not r.is_bf16])
     command = _command(commands, "kernels", "every quantize and amax kernel", _kernels)
     command.add_argument("--no-compiled", action="store_true", help="only the ops, no fusions")
-    command = _command(commands, "profile", "one layer's kernels in order", _profile)
+    every = list(dict.fromkeys([*LLAMAS, *MOES, *EXPERTS]))
+    command = _command(commands, "profile", "one layer's kernels in order", _profile, every)
     _add_variants(command)
-    command.add_argument("--part", choices=("ffn", "block"), default="block")
+    _add_ragged(command)
+    command.add_argument("--part", choices=("ffn", "block", "experts"), default="block")
     command.add_argument("--plot", type=Path, help="draw them into this PNG")
     command = _command(commands, "model", "training steps of the whole model", _model)
     _add_variants(command)
@@ -62,7 +75,7 @@ def _command(
     """A subcommand with the arguments that all of them take."""
     command = commands.add_parser(name, help=what, description=what)
     command.add_argument("--model", nargs="+", choices=models, help=f"default: {models[0]}")
-    if models == tuple(LLAMAS):
+    if models[0] in LLAMAS:
         command.add_argument("--tokens", nargs="+", type=int, help=f"a sweep: {SWEEP}")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--repeats", type=int, default=30)
@@ -73,6 +86,11 @@ def _command(
 
 def _add_recipes(command: argparse.ArgumentParser, default: Sequence[str]) -> None:
     command.add_argument("--recipes", nargs="*", default=list(default))
+
+
+def _add_ragged(command: argparse.ArgumentParser) -> None:
+    what = "of experts: also groups of any size, beside those of 16 n rows"
+    command.add_argument("--ragged", action="store_true", help=what)
 
 
 def _add_variants(command: argparse.ArgumentParser) -> None:
@@ -113,16 +131,46 @@ def _result(title: str, device: torch.device) -> Result:
     return Result(title, command, describe(device))
 
 
-def _models(args: argparse.Namespace) -> list[Llama]:
+def _models(args: argparse.Namespace, among: Mapping[str, Any] = LLAMAS) -> list[Any]:
     """Every model asked for, on every number of tokens asked for."""
-    models = [LLAMAS[name].shard(getattr(args, "tp", 1)) for name in args.model]
-    return [m.with_tokens(t) for m in models for t in args.tokens] if args.tokens else models
+    ranks = getattr(args, "tp", 1)
+    models = []
+    for name in args.model:
+        if name not in among:
+            raise OptionError(f"{name} has no such part: choose among {', '.join(among)}")
+        model = among[name]
+        if ranks != 1:
+            if not isinstance(model, Llama):
+                raise OptionError(f"--tp cuts {', '.join(LLAMAS)}, got {name}: leave --tp out")
+            model = model.shard(ranks)
+        models.append(model)
+    tokens = getattr(args, "tokens", None)
+    return [m.with_tokens(t) for m in models for t in tokens] if tokens else models
+
+
+def _layers(part: str, args: argparse.Namespace) -> list[Layer]:
+    """That part of every model asked for; of experts, with --ragged, both ways to group."""
+    layers = []
+    for model in _models(args, EXPERTS if part == "experts" else {**LLAMAS, **MOES}):
+        for ragged in (False, True) if args.ragged else (False,):
+            if isinstance(model, MoE):
+                layers.append(moe_layer(part, model, ragged=ragged))
+            elif isinstance(model, Experts):
+                layers.append(experts_layer(model, ragged=ragged))
+            elif not ragged:
+                layers.append(llama_layer(part, model))
+    return layers
 
 
 def _variants(args: argparse.Namespace, device: torch.device) -> list[variants.Variant]:
-    choose = variants.choose_for_experts if args.benchmark == "experts" else variants.choose
-    chosen = choose(
-        args.recipes, args.options, max_autotune=args.max_autotune, peers=not args.no_peers
+    part = args.part if args.benchmark == "profile" else args.benchmark
+    # Of experts alone, torchao's ways do not differ: they differ in linears.
+    peers = variants.TORCHAO[1:] if part == "experts" else variants.TORCHAO
+    chosen = variants.choose(
+        args.recipes,
+        args.options,
+        max_autotune=args.max_autotune,
+        peers=() if args.no_peers else peers,
     )
     variants.warm_up(chosen, device)
     return chosen
@@ -131,18 +179,9 @@ def _variants(args: argparse.Namespace, device: torch.device) -> list[variants.V
 def _layer(args: argparse.Namespace, device: torch.device) -> list[Result]:
     result = _result(f"{args.benchmark}: forward + backward", device)
     chosen = _variants(args, device)
-    for model in _models(args):
-        layer = llama_layer(args.benchmark, model)
-        result.rows += layers.compare(layer, chosen, device, args.repeats)
-    return [result]
-
-
-def _experts(args: argparse.Namespace, device: torch.device) -> list[Result]:
-    result = _result("experts: forward + backward", device)
-    chosen = _variants(args, device)
-    for name in args.model:
-        layer = experts_layer(EXPERTS[name], ragged=args.ragged)
-        result.rows += layers.compare(layer, chosen, device, args.repeats)
+    for layer in _layers(args.benchmark, args):
+        able = [v for v in chosen if v.runs(layer)]
+        result.rows += layers.compare(layer, able, device, args.repeats)
     return [result]
 
 
@@ -163,9 +202,9 @@ def _kernels(args: argparse.Namespace, device: torch.device) -> list[Result]:
 
 def _profile(args: argparse.Namespace, device: torch.device) -> list[Result]:
     chosen, results = _variants(args, device), []
-    for model in _models(args):
-        seen = profile.measure(llama_layer(args.part, model), chosen, device)
-        about = f"{model.name} {args.part}, {model.tokens} tokens"
+    for layer in _layers(args.part, args):
+        seen = profile.measure(layer, [v for v in chosen if v.runs(layer)], device)
+        about = f"{layer.model} {args.part}, {layer.tokens} tokens"
         results.append(replace(_result(f"profile: {about}", device), rows=profile.summary(seen)))
         listing = _result(f"profile: every kernel of {about}", device)
         results.append(replace(listing, rows=profile.listing(seen)))

@@ -8,6 +8,7 @@ compile s   to the end of the first forward + backward, with empty caches
 dw error    |dw - dw of bf16| / |dw of bf16|, all weights: 0 where nothing was narrowed
 """
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def predicted(layer: Layer, recipe: str, bf16_ms: float) -> float | None:
             e = cost.gain(
                 product,
                 gemm,
-                layer.tokens,
+                layer.tokens * linear.rows,
                 linear.n,
                 linear.k,
                 cost.target_for(gemm),
@@ -143,7 +144,6 @@ def _prepare(
         x.grad = None
         module(*inputs).backward(dy)
 
-    before = torch.cuda.memory_allocated() - weights if on_gpu else 0
     with fresh_cache():
         start = time.perf_counter()
         step()
@@ -153,7 +153,11 @@ def _prepare(
             step()
     peak = None
     if on_gpu:
+        module.zero_grad(set_to_none=True)
+        x.grad = None
+        gc.collect()  # what compiling left behind, here and before, is in no step
         synchronize(x.device)
+        before = torch.cuda.memory_allocated() - weights
         torch.cuda.reset_peak_memory_stats()
         step()
         peak = (torch.cuda.max_memory_allocated() - before) / 2**30

@@ -108,6 +108,10 @@ class Experts:
     dim: int
     hidden: int
 
+    def with_tokens(self, rows: int) -> "Experts":
+        """The same experts on that many rows."""
+        return replace(self, rows=rows)
+
     def offsets(self, *, ragged: bool) -> Tensor:
         """Where the rows of each expert end, int32; group sizes differ by up to 4 times.
 
@@ -135,13 +139,17 @@ EXPERTS = {
 
 
 class Linear(NamedTuple):
-    """W[n, k], one for each of num_groups, and how many linears read the same input."""
+    """W[n, k], one for each of num_groups, and how many linears read the same input.
+
+    rows: of the input, for each token of the step.
+    """
 
     name: str
     n: int
     k: int
     readers: int
     num_groups: int = 1
+    rows: int = 1
 
 
 def linears(model: Llama, part: str) -> tuple[Linear, ...]:
@@ -161,7 +169,8 @@ def linears(model: Llama, part: str) -> tuple[Linear, ...]:
     return ffn if part == "ffn" else (*attention, *ffn)
 
 
-def _linear(k: int, n: int) -> nn.Linear:
+def linear(k: int, n: int) -> nn.Linear:
+    """A linear of the models: without a bias."""
     return nn.Linear(k, n, bias=False)
 
 
@@ -171,9 +180,9 @@ class FFN(nn.Module):
     def __init__(self, model: Llama) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(model.dim)
-        self.w1 = _linear(model.dim, model.hidden)
-        self.w3 = _linear(model.dim, model.hidden)
-        self.w2 = _linear(model.hidden, model.dim)
+        self.w1 = linear(model.dim, model.hidden)
+        self.w3 = linear(model.dim, model.hidden)
+        self.w2 = linear(model.hidden, model.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -187,10 +196,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = model.head_dim
         self.norm = nn.RMSNorm(model.dim)
-        self.wq = _linear(model.dim, model.num_heads * model.head_dim)
-        self.wk = _linear(model.dim, model.num_kv_heads * model.head_dim)
-        self.wv = _linear(model.dim, model.num_kv_heads * model.head_dim)
-        self.wo = _linear(model.num_heads * model.head_dim, model.dim)
+        self.wq = linear(model.dim, model.num_heads * model.head_dim)
+        self.wk = linear(model.dim, model.num_kv_heads * model.head_dim)
+        self.wv = linear(model.dim, model.num_kv_heads * model.head_dim)
+        self.wo = linear(model.num_heads * model.head_dim, model.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -222,7 +231,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(model.vocabulary, model.dim)
         self.layers = nn.ModuleList(Block(model) for _ in range(num_layers))
         self.norm = nn.RMSNorm(model.dim)
-        self.head = _linear(model.dim, model.vocabulary)
+        self.head = linear(model.dim, model.vocabulary)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.embedding(tokens)
@@ -265,6 +274,7 @@ class Layer:
 
     inputs: of which the first needs a gradient, as a function of the device.
     linears: what the cost model predicts from.
+    is_ragged: whether it has groups of rows that are no multiples of 16.
     """
 
     model: str
@@ -272,6 +282,7 @@ class Layer:
     build: Callable[[], nn.Module]
     inputs: Callable[[torch.device], tuple[Tensor, ...]]
     linears: tuple[Linear, ...]
+    is_ragged: bool = False
 
 
 def llama_layer(part: str, model: Llama) -> Layer:
@@ -281,7 +292,7 @@ def llama_layer(part: str, model: Llama) -> Layer:
         model.name,
         model.tokens,
         lambda: {"ffn": FFN, "block": Block}[part](model),
-        lambda device: (_leaf(shape, device),),
+        lambda device: (leaf(shape, device),),
         linears(model, part),
     )
 
@@ -293,12 +304,13 @@ def experts_layer(model: Experts, *, ragged: bool) -> Layer:
         f"{model.name} ragged" if ragged else model.name,
         model.rows,
         lambda: Routed(model),
-        lambda device: (_leaf((model.rows, model.dim), device), offs.to(device)),
+        lambda device: (leaf((model.rows, model.dim), device), offs.to(device)),
         (
             Linear("w1, w3", model.hidden, model.dim, 2, E),
             Linear("w1, w3", model.hidden, model.dim, 2, E),
             Linear("w2", model.dim, model.hidden, 1, E),
         ),
+        ragged,
     )
 
 
@@ -309,5 +321,6 @@ def built(layer: Layer, device: torch.device) -> nn.Module:
         return layer.build().to(torch.bfloat16)
 
 
-def _leaf(shape: tuple[int, ...], device: torch.device) -> Tensor:
+def leaf(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """A random input that needs a gradient."""
     return torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)

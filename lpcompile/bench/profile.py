@@ -23,7 +23,10 @@ from lpcompile.errors import LowPrecisionError
 # The first that is found in "<op that launched it> <kernel>" says what a kernel is.
 KINDS = (
     ("attention", r"flash|fmha|attention|sdpa"),
-    ("GEMM", r"lpcompile::scaled|nvjet|gemm|cutlass|xmma|aten::_scaled|aten::mm|aten::addmm"),
+    (
+        "GEMM",
+        r"lpcompile::scaled|nvjet|gemm|cutlass|xmma|aten::_scaled|aten::mm|aten::addmm|grouped_mm",
+    ),
     ("quantize", r"lpcompile::"),
     ("fused", r"quantize|amax_column|amax_tensor"),
     ("other", r""),

@@ -7,7 +7,7 @@ import torch
 
 from lpcompile import ops
 from lpcompile.__main__ import main
-from lpcompile.bench import gemms, kernels, layers, machine, models, profile, report, variants
+from lpcompile.bench import gemms, kernels, layers, machine, models, moe, profile, report, variants
 from lpcompile.bench.timing import Timing, interleave
 from lpcompile.errors import ShapeError
 from lpcompile.recipes import RECIPES
@@ -41,11 +41,72 @@ def test_a_layer_is_measured_in_every_variant(tmp_path, capsys, part):
     assert machine.CPU_NOTE in capsys.readouterr().out
 
 
-def test_experts_are_measured(tmp_path):
-    arguments = ["experts", "--model", "tiny", "--recipes", "--options", EAGER, "--no-peers"]
-    (result,) = run(tmp_path, *arguments)
-    assert result.rows[0]["tokens"] == models.EXPERTS["tiny"].rows
-    assert result.rows[0]["ms"] > 0
+@pytest.mark.parametrize(
+    ("part", "model", "tokens"),
+    [
+        ("experts", "tiny", models.EXPERTS["tiny"].rows),
+        ("ffn", "tiny-moe", moe.MOES["tiny-moe"].tokens),
+        ("block", "tiny-moe", moe.MOES["tiny-moe"].tokens),
+    ],
+)
+def test_experts_are_measured_in_groups_of_both_kinds(tmp_path, part, model, tokens):
+    arguments = ["--model", model, "--recipes", "fp8_rowwise", "--options", EAGER, "--no-peers"]
+    (result,) = run(tmp_path, part, *arguments, "--ragged")
+    seen = [(row["model"], row["variant"], row["tokens"]) for row in result.rows]
+    ways = [(name, how) for name in (model, f"{model} ragged") for how in ("bf16", "fp8_rowwise")]
+    assert seen == [(*way, tokens) for way in ways]
+    for bf16, narrow in (result.rows[:2], result.rows[2:]):
+        assert bf16["dw error"] == 0
+        assert 0.01 < narrow["dw error"] < 0.1
+
+
+def test_a_peer_that_would_end_the_process_is_left_out():
+    peer = variants.Variant("theirs", {}, is_peer=True)
+    even, ragged = (
+        models.experts_layer(models.EXPERTS["tiny"], ragged=ragged) for ragged in (False, True)
+    )
+    assert [peer.runs(layer) for layer in (even, ragged)] == [True, False]
+    assert variants.Variant("ours", {}).runs(ragged)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_every_variant_routes_alike_to_groups_of_the_sizes_compared(ragged):
+    model = moe.MOES["tiny-moe"]
+    layer = moe.moe_layer("block", model, ragged=ragged)
+    expected = model.experts.offsets(ragged=ragged)
+    for scale in (1, 30):  # other scores
+        module = models.built(layer, CPU)
+        module.moe.gate.weight.data.mul_(scale)
+        seen = []
+        module.moe.experts.register_forward_hook(lambda _, args, out, seen=seen: seen.append(args))
+        module(*layer.inputs(CPU))
+        ((rows, offs),) = seen
+        assert torch.equal(offs, expected)
+        assert rows.shape == (model.tokens * model.top_k, model.dim)
+
+
+def test_the_choice_among_tokens_is_by_the_router_and_weighs_its_experts():
+    """Against every expert applied to every token, with no bias: what the block is to compute."""
+    model = moe.MOES["tiny-moe"]
+    layer = moe.moe_layer("ffn", model, ragged=True)
+    module = models.built(layer, CPU).float()
+    module.experts.to(torch.bfloat16)
+    x, bias = layer.inputs(CPU)
+    x = x.detach().float().bfloat16().float()
+    h = module.norm(x).flatten(0, 1)
+    scores = module.gate(h).softmax(-1)
+    top = scores.topk(model.top_k)
+    e = module.experts
+    each = [
+        torch.nn.functional.silu(h @ w1.float().t()) * (h @ w3.float().t()) @ w2.float().t()
+        for w1, w3, w2 in zip(e.w1, e.w3, e.w2, strict=True)
+    ]
+    weights = torch.zeros_like(scores).scatter(1, top.indices, top.values)
+    routed = torch.einsum("te,etd->td", weights, torch.stack(each))
+    expected = x + (routed + module.shared(h)).view_as(x)
+    module = module.to(torch.bfloat16)
+    made = module(x.bfloat16(), torch.zeros_like(bias))
+    assert (made - expected).norm() < 0.02 * expected.norm()
 
 
 def test_gemms_are_those_of_the_model_in_bf16_and_every_kind(tmp_path):
@@ -153,7 +214,7 @@ def test_a_variant_that_fails_leaves_the_others_their_numbers():
     def broken(module):
         raise ValueError("no such recipe")
 
-    chosen = variants.choose([], {"codegen": "eager"}, max_autotune=False, peers=False)
+    chosen = variants.choose([], {"codegen": "eager"}, max_autotune=False, peers=())
     ours = variants.Variant("ours", {}, convert=broken)
     peer = variants.Variant("theirs", {}, convert=broken, is_peer=True)
     layer = models.llama_layer("ffn", models.LLAMAS["tiny"])
@@ -183,6 +244,10 @@ def test_the_prediction_counts_only_gemms_that_pay():
     layer = models.llama_layer("ffn", models.LLAMAS["llama3-8b"])
     tiny = models.llama_layer("ffn", models.LLAMAS["tiny"])
     assert 1.3 < layers.predicted(layer, "fp8_rowwise", 25.9) < 1.7
+    alone = models.experts_layer(models.EXPERTS["deepseek-v3-16b"], ragged=False)
+    among = moe.moe_layer("ffn", moe.MOES["deepseek-v3-16b"], ragged=False)
+    saved = [1 - 1 / layers.predicted(layer, "fp8_rowwise", 10.0) for layer in (alone, among)]
+    assert saved[1] > saved[0]  # the shared expert's, beside the same experts'
     assert layers.predicted(tiny, "fp8_rowwise", 1.0) == 1.0
     assert layers.predicted(layer, "", 25.9) is None
 
@@ -207,12 +272,26 @@ def test_a_shard_is_a_rank_s_part_of_every_linear():
         whole.shard(3)
 
 
-def test_linears_are_those_of_the_module():
-    for part in ("ffn", "block"):
-        layer = models.llama_layer(part, models.LLAMAS["tiny"])
-        module = models.built(layer, CPU)
-        weights = [m.weight.shape for m in module.modules() if isinstance(m, torch.nn.Linear)]
-        assert sorted(weights) == sorted((linear.n, linear.k) for linear in layer.linears)
+@pytest.mark.parametrize("part", ["ffn", "block"])
+@pytest.mark.parametrize("model", ["tiny", "tiny-moe"])
+def test_linears_are_those_of_the_module(model, part):
+    if model in moe.MOES:
+        layer = moe.moe_layer(part, moe.MOES[model], ragged=False)
+    else:
+        layer = models.llama_layer(part, models.LLAMAS[model])
+    named = dict(models.built(layer, CPU).named_parameters())
+    weights = [w.shape for n, w in named.items() if w.dim() > 1 and "gate" not in n]
+    counted = [((e,) if e > 1 else ()) + (n, k) for _, n, k, _, e, _ in layer.linears]
+    assert sorted(weights) == sorted(counted)
+
+
+def test_a_profile_of_experts_has_their_nine_products(tmp_path):
+    summary, _ = run(
+        tmp_path, "profile", "--part", "experts", "--model", "tiny", "--options", EAGER,
+        "--no-peers", "--recipes", "fp8_rowwise",
+    )  # fmt: skip
+    counted = [r["kernels"] for r in summary.rows if r["kind"] == "GEMM"]
+    assert counted == [9, 9]
 
 
 def test_a_page_holds_every_table_with_its_command(tmp_path, capsys):
@@ -233,6 +312,10 @@ def test_a_wrong_argument_is_one_sentence_and_no_traceback(tmp_path, capsys):
     assert "holds no benchmark results" in capsys.readouterr().err
     assert main(["bench", "ffn", "--device", "cpu", "--recipes", "fp8_rowise"]) == 2
     assert "did you mean 'fp8_rowwise'" in capsys.readouterr().err
+    for wrong, said in (("profile --part experts --model llama3-8b", "no such part"),
+                        ("block --model tiny-moe --tp 2", "leave --tp out")):  # fmt: skip
+        assert main(["bench", *wrong.split(), "--device", "cpu", "--no-peers"]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.gpu
@@ -260,5 +343,8 @@ def test_the_tool_measures_a_gpu(tmp_path):
     assert measured >= {kernels.name_of(op) for op in kernels.KERNELS}
     assert len(measured) == len(kernels.KERNELS) + len(kernels.MORE) + len(kernels.COMPILED)
     assert result.machine["capability"]
-    for what in (["gemm"], ["model", *forced, "--passes", "1"], ["experts", "--recipes"]):
+    for what in (["gemm"], ["model", *forced, "--passes", "1"], ["experts", "--ragged", *forced]):
         assert main(["bench", *what, *common, str(out)]) == 0
+    common[1] = "tiny-moe"
+    assert main(["bench", "block", "--ragged", *common, str(out), *forced]) == 0
+    assert all(0.01 < row["dw error"] < 0.1 for row in report.load([out])[0].rows[1::2])

@@ -14,7 +14,10 @@ sys.path.insert(0, str(EXAMPLES))  # where `python examples/...` finds its neigh
 
 import corpus  # noqa: E402
 import gpt  # noqa: E402
+import graphed  # noqa: E402
 import training  # noqa: E402
+
+from lpcompile import RECIPES, Rule  # noqa: E402
 
 
 def example(name):
@@ -108,13 +111,28 @@ def test_a_token_does_not_see_the_ones_after(plan):
     assert not torch.equal(model(tokens, blind), model(tokens.flip(1), blind))
 
 
-@pytest.mark.parametrize("recipe", [None, "fp8_rowwise", "nvfp4"])  # nvfp4 draws at random
-def test_a_resumed_run_equals_one_that_was_not_interrupted(plan, text, recipe, tmp_path):
-    variant = training.Variant("x", recipe, seed=0)
+def train(variant, plan, text, on_lap=lambda run: None, folder=None, deadline=math.inf):
+    torch._dynamo.reset()
+    return training.train(variant, plan, text, on_lap, folder, deadline)
 
-    def run(deadline=math.inf, folder=None):
-        torch._dynamo.reset()
-        return training.train(variant, plan, text, lambda run: None, folder, deadline)
+
+FORWARD_BF16 = replace(RECIPES["nvfp4"], fprop=None)  # the rest draws at random
+VARIANTS = {
+    "bf16": training.Variant("x", None, seed=0),
+    "fp8_rowwise": training.Variant("x", "fp8_rowwise", seed=0),
+    "a switch in what is resumed": training.Variant("x", "nvfp4", seed=0, ending=FORWARD_BF16),
+    "a switch in what was interrupted": training.Variant(
+        "x", "nvfp4", seed=0, ending=FORWARD_BF16, ending_share=0.8
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_a_resumed_run_equals_one_that_was_not_interrupted(plan, text, variant, tmp_path):
+    plan = replace(plan, validate_every=10)
+
+    def run(**how):
+        return train(variant, plan, text, **how)
 
     whole = run()
     stopped = run(deadline=0, folder=tmp_path)
@@ -122,7 +140,77 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(plan, text, recipe, t
     again = run(folder=tmp_path)
     assert (len(stopped.losses), stopped.is_finished) == (10, False)
     assert (resumed.losses, resumed.validation) == (whole.losses, whole.validation)
+    assert (resumed.validations, len(whole.validations)) == (whole.validations, 2)
     assert again == resumed
+
+
+def test_a_run_that_died_goes_on_from_its_last_checkpoint(plan, text, tmp_path):
+    variant = training.Variant("x", None, seed=0)
+    died_at, began_at = [], []
+
+    def die(run):
+        died_at.append(len(run.losses))
+        if len(run.losses) == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(variant, plan, text, die, tmp_path)
+    resumed = train(variant, plan, text, lambda run: began_at.append(len(run.losses)), tmp_path)
+    assert (died_at, began_at) == ([0, 10, 20], [10, 20, 25])
+    assert resumed.losses == train(variant, plan, text).losses
+
+
+def test_a_switch_late_in_a_run_changes_its_end_alone(plan, text):
+    fp8 = training.Variant("x", "fp8_rowwise", seed=0)
+    ends = replace(fp8, ending=replace(RECIPES["fp8_rowwise"], fprop=None))
+    stays, switches = (train(variant, plan, text).losses for variant in (fp8, ends))
+    assert stays[:21] == switches[:21]  # 0.85 of 25 steps
+    assert stays[21] != switches[21]
+
+
+def test_a_rule_of_depth_keeps_the_last_blocks(plan, caplog):
+    plan = replace(plan, shape=replace(plan.shape, num_layers=8), per_block=True)
+    variant = training.Variant("x", "nvfp4", seed=0, rules=(Rule("*", "bf16", last=0.15),))
+    model, _ = training.build(plan, variant)
+    variant.compile(model, plan)
+    batch = torch.randint(256, (4, 32)), torch.randint(256, (4, 32))
+    blocks = []
+    with caplog.at_level("INFO", logger="lpcompile"):
+        for block in model.blocks:
+            block.register_forward_hook(lambda *_: blocks.append(len(caplog.records)))
+        training.loss_of(model, batch)
+    assert [r.message[:40] for r in caplog.records] == [
+        "lpcompile: nvfp4: 21 of 21 GEMMs narrowed"[:40],
+        "lpcompile: nvfp4: 0 of 21 GEMMs narrowed"[:40],
+    ]
+    assert blocks == [1] * 6 + [2] * 2  # of 8 blocks, 1.2 count as two
+
+
+@pytest.mark.gpu
+def test_a_graphed_function_takes_new_inputs_and_draws_new_numbers():
+    def noisy(x):
+        return 2 * x + torch.rand_like(x)
+
+    call = graphed.Graphed(noisy)
+    made = [call(torch.full((64,), float(4 * i), device="cuda")) for i in range(6)]
+    assert call.graph is not None
+    noise = torch.stack([m - 8 * i for i, m in enumerate(made)])
+    assert (noise >= 0).all()
+    assert (noise <= 1).all()
+    assert len({tuple(n.tolist()) for n in noise}) == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", [None, "fp8_rowwise"])
+def test_a_run_of_graphs_equals_one_without(plan, text, recipe, monkeypatch):
+    variant, plan = training.Variant("x", recipe, seed=0), replace(plan, device="cuda")
+    run = train(variant, plan, text)
+    monkeypatch.setattr(graphed.Graphed, "NUM_WARM", 10**9)
+    other = train(variant, plan, text)
+    assert run.losses == pytest.approx(
+        other.losses, rel=1e-3
+    )  # attention's backward adds atomically
+    assert run.validation == pytest.approx(other.validation, rel=1e-3)
 
 
 def test_blocks_that_are_alike_compile_once(plan, caplog):
