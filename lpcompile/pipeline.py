@@ -28,7 +28,7 @@ from lpcompile.dumps import Dump
 from lpcompile.flow import Flow, Leaves, is_called
 from lpcompile.graph import hint, module_path
 from lpcompile.options import Options, Rule
-from lpcompile.passes import deduplicate, fuse, fuse_micro, grouped_mm, linear
+from lpcompile.passes import deduplicate, fuse, fuse_micro, grouped_mm, linear, schedule
 from lpcompile.recipes import get_recipe
 from lpcompile.report import Row, SavedBytes
 from lpcompile.select import Choice, Selection, annotated, annotation
@@ -130,6 +130,8 @@ class JointPass(CustomGraphPass):
 AFTER_THE_CUT: list[tuple[str, Callable[[fx.Graph], int]]] = [
     ("fuse", fuse.run),
     ("fuse_micro", fuse_micro.run),
+    ("schedule", schedule.run),  # last: it orders what the others made
+]
 ]
 
 

@@ -12,7 +12,7 @@ which gains nothing; and one whose producer is too much for a program, which Ind
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -151,8 +151,8 @@ def groups(requests: dict[fx.Node, list[Any]], private: set[fx.Node]) -> list[Gr
     return made
 
 
-def _cone(x: fx.Node, private: set[fx.Node]) -> Cone:
-    return Cone(shape(x)[0], shape(x)[1], private.__contains__)
+def _cone(x: fx.Node, is_private: Callable[[fx.Node], bool]) -> Cone:
+    return Cone(shape(x)[0], shape(x)[1], is_private)
 
 
 def _fits(cone: Cone) -> bool:
@@ -161,13 +161,13 @@ def _fits(cone: Cone) -> bool:
 
 
 def _alone(x: fx.Node, requests: list[Any], private: set[fx.Node]) -> Group:
-    cone = _cone(x, private)
+    cone = _cone(x, private.__contains__)
     try:
         name = cone.add(x)
     except TooComplex:
         name = ""
     if not name or not _fits(cone):
-        cone = _cone(x, set())
+        cone = _cone(x, lambda _: False)
         name = cone.leaf(x, "full")
     return Group(cone, [(name, requests)])
 
@@ -184,7 +184,7 @@ def _join(a: Group, b: Group, private: set[fx.Node]) -> Group | None:
     leaves = [leaf for g in (a, b) for leaf, _ in g.cone.leaves]
     if _depend(leaves, {r.node for g in (a, b) for r in g.requests}):
         return None
-    cone = _cone(a.requests[0].x, private)
+    cone = _cone(a.requests[0].x, private.__contains__)
     try:
         results = [(cone.add(rs[0].x), rs) for g in (b, a) for _, rs in g.results]
     except TooComplex:
@@ -244,31 +244,51 @@ def _given(request: Request) -> bool:
 
 
 def _replace(graph: fx.Graph, group: Group) -> None:
+    """One op for every amax of the group, and for each result one for its copies, where they were.
+
+    One for all copies would read the inputs once, and hold all of them from then on.
+    """
     fake_mode: Any = value(group.requests[0].x).fake_mode  # type: ignore[attr-defined]
     make = partial(call, graph, fake_mode)
+    amaxes = _replace_amaxes(graph, make, group)
+    for _, requests in group.results:
+        cone = _cone(requests[0].x, group.cone.is_private)
+        program = cone.program([cone.add(requests[0].x)]).text()
+        forms = [r.form(0).text for r in requests]
+        with graph.inserting_before(min(r.node for r in requests)):
+            inputs = [matrix(make, cone, leaf, kind) for leaf, kind in cone.leaves]
+            reads = [amax for r in requests if (amax := amaxes.get(r.node, r.amax)) is not None]
+            made = make(ops.fused_cast.op, inputs, reads, program, forms)
+            pairs = [
+                [make(operator.getitem, made, 2 * i + j) for j in (0, 1)] for i in range(len(forms))
+            ]
+        for request, pair in zip(requests, pairs, strict=True):
+            for user in list(request.node.users):
+                user.replace_all_uses_with(pair[user.args[1]])
+                graph.erase_node(user)
+            graph.erase_node(request.node)
+
+
+def _replace_amaxes(graph: fx.Graph, make: Any, group: Group) -> dict[fx.Node, fx.Node]:
+    """One op for every amax that the group makes; gives the one of each quantize that reads it."""
+    asked = {
+        r.node: (r.form(i).amax, r.amax)
+        for i, (_, rs) in enumerate(group.results)
+        for r in rs
+        if r.kind not in BLOCKS and not _given(r)
+    }
+    if not asked:
+        return {}
+    wants = list(dict.fromkeys(want for want, _ in asked.values()))
     program = group.cone.program([name for name, _ in group.results]).text()
-    forms = [(r, r.form(i)) for i, (_, rs) in enumerate(group.results) for r in rs]
-    after = [leaf for leaf, _ in group.cone.leaves]
-    after += [r.amax for r, _ in forms if r.amax is not None and _given(r)]
-    with graph.inserting_before(last(after).next):
+    with graph.inserting_before(last([leaf for leaf, _ in group.cone.leaves]).next):
         inputs = [matrix(make, group.cone, leaf, kind) for leaf, kind in group.cone.leaves]
-        wants = list(dict.fromkeys(f.amax for r, f in forms if f.amax and not _given(r)))
-        amaxes: dict[str, fx.Node] = {}
-        if wants:
-            every = make(ops.fused_amax.op, inputs, program, wants)
-            amaxes = {want: make(operator.getitem, every, i) for i, want in enumerate(wants)}
-        reads = [r.amax if _given(r) else amaxes[f.amax] for r, f in forms if f.amax]
-        made = make(ops.fused_cast.op, inputs, reads, program, [f.text for _, f in forms])
-        pairs = [
-            [make(operator.getitem, made, 2 * i + j) for j in (0, 1)] for i in range(len(forms))
-        ]
-    for (request, form), pair in zip(forms, pairs, strict=True):
-        for user in list(request.node.users):
-            user.replace_all_uses_with(pair[user.args[1]])
-            graph.erase_node(user)
-        graph.erase_node(request.node)
-        if request.amax is not None and not _given(request):
-            request.amax.replace_all_uses_with(amaxes[form.amax])
+        every = make(ops.fused_amax.op, inputs, program, wants)
+        made = {want: make(operator.getitem, every, i) for i, want in enumerate(wants)}
+    for want, amax in asked.values():
+        if amax is not None:
+            amax.replace_all_uses_with(made[want])
+    return {node: made[want] for node, (want, _) in asked.items()}
 
 
 def last(nodes: list[fx.Node]) -> fx.Node:
