@@ -132,7 +132,6 @@ AFTER_THE_CUT: list[tuple[str, Callable[[fx.Graph], int]]] = [
     ("fuse_micro", fuse_micro.run),
     ("schedule", schedule.run),  # last: it orders what the others made
 ]
-]
 
 
 class PostPass(CustomGraphPass):

@@ -12,7 +12,7 @@ which gains nothing; and one whose producer is too much for a program, which Ind
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from torch._prims_common import is_contiguous_or_false
 from lpcompile import ops
 from lpcompile.cones import POINTWISE, RESHAPES, Cone, TooComplex
 from lpcompile.graph import call, shape, value
+from lpcompile.liveness import is_cheap
 from lpcompile.ops.fused_quantize_row import WIDEST
 from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, Form
 
@@ -124,14 +125,25 @@ def _private(graph: fx.Graph, requests: dict[fx.Node, list[Request]]) -> set[fx.
 
 
 def with_producers(graph: fx.Graph, private: set[fx.Node]) -> set[fx.Node]:
-    """The nodes, and the pointwise ones that nobody needs but them."""
+    """The nodes, the pointwise ones that nobody needs but them, and those that nobody need write.
+
+    What is made of the graph's inputs, and read by pointwise ops, these make again: a residual sum
+    in a backward. To have it written for the quantize would let Inductor write it where it makes
+    the norm's gradient, after every other GEMM, and have the GEMM that reads the copy wait for it.
+    """
     for node in reversed(graph.nodes):
-        made_of = node.op == "call_function" and (
-            node.target in POINTWISE or node.target in RESHAPES
-        )
-        if made_of and node.users and all(u in private for u in node.users):
+        if _is_pointwise(node) and node.users and all(u in private for u in node.users):
+            private.add(node)
+    for node in graph.nodes:
+        known = all(i.op == "placeholder" or i in private for i in node.all_input_nodes)
+        if _is_pointwise(node) and known and all(u in private or is_cheap(u) for u in node.users):
             private.add(node)
     return private
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    """Whether a program can hold the node."""
+    return node.op == "call_function" and (node.target in POINTWISE or node.target in RESHAPES)
 
 
 _AMAXES = {amax for _, _, amax in QUANTIZES.values() if amax is not None}
@@ -151,8 +163,8 @@ def groups(requests: dict[fx.Node, list[Any]], private: set[fx.Node]) -> list[Gr
     return made
 
 
-def _cone(x: fx.Node, is_private: Callable[[fx.Node], bool]) -> Cone:
-    return Cone(shape(x)[0], shape(x)[1], is_private)
+def _cone(x: fx.Node, private: set[fx.Node]) -> Cone:
+    return Cone(shape(x)[0], shape(x)[1], private.__contains__)
 
 
 def _fits(cone: Cone) -> bool:
@@ -161,13 +173,13 @@ def _fits(cone: Cone) -> bool:
 
 
 def _alone(x: fx.Node, requests: list[Any], private: set[fx.Node]) -> Group:
-    cone = _cone(x, private.__contains__)
+    cone = _cone(x, private)
     try:
         name = cone.add(x)
     except TooComplex:
         name = ""
     if not name or not _fits(cone):
-        cone = _cone(x, lambda _: False)
+        cone = _cone(x, set())
         name = cone.leaf(x, "full")
     return Group(cone, [(name, requests)])
 
@@ -184,7 +196,7 @@ def _join(a: Group, b: Group, private: set[fx.Node]) -> Group | None:
     leaves = [leaf for g in (a, b) for leaf, _ in g.cone.leaves]
     if _depend(leaves, {r.node for g in (a, b) for r in g.requests}):
         return None
-    cone = _cone(a.requests[0].x, private.__contains__)
+    cone = _cone(a.requests[0].x, private)
     try:
         results = [(cone.add(rs[0].x), rs) for g in (b, a) for _, rs in g.results]
     except TooComplex:
@@ -251,9 +263,9 @@ def _replace(graph: fx.Graph, group: Group) -> None:
     fake_mode: Any = value(group.requests[0].x).fake_mode  # type: ignore[attr-defined]
     make = partial(call, graph, fake_mode)
     amaxes = _replace_amaxes(graph, make, group)
-    for _, requests in group.results:
-        cone = _cone(requests[0].x, group.cone.is_private)
-        program = cone.program([cone.add(requests[0].x)]).text()
+    for whole, requests in group.results:
+        cone, name = group.cone.part(whole)
+        program = cone.program([name]).text()
         forms = [r.form(0).text for r in requests]
         with graph.inserting_before(min(r.node for r in requests)):
             inputs = [matrix(make, cone, leaf, kind) for leaf, kind in cone.leaves]

@@ -2,9 +2,10 @@
 
 - Tensors that are cast from the same inputs are cast one after another, each before its own GEMMs,
   in an order that lets go of inputs early. SwiGLU's backward: h, for wgrad; the gradient of gate,
-  after which up is dead; the gradient of up, from gate and dh.
-- What is quantized from the graph's inputs alone (weights, above all) is quantized right before the
-  first GEMM that reads it: they are held anyway, and a copy made early is held beside them.
+  after which up is dead; the gradient of up, from gate and dh. A GEMM that makes more than it lets
+  go of (wgrad of a large weight on few tokens) waits until the last is cast.
+- What is quantized from inputs of the graph that are held anyway (weights, above all) is quantized
+  right before the first GEMM that reads it: a copy made early is held beside them.
 
 Inductor takes the order with the least peak, by its estimate, of four: the one that it is given and
 three of its own (``reorder_for_peak_memory``, torch 2.11 to 2.13), none of which finds this one.
@@ -12,21 +13,27 @@ three of its own (``reorder_for_peak_memory``, torch 2.11 to 2.13), none of whic
 
 import operator
 from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import fx
 from torch._inductor.pattern_matcher import stable_topological_sort
 
 from lpcompile import ops
-from lpcompile.graph import TRANSPOSES, VIEWS, base, calls, is_own
+from lpcompile.graph import TRANSPOSES, VIEWS, base, calls, hint, is_own, value
+from lpcompile.liveness import is_cheap
 from lpcompile.ops import pointwise
 from lpcompile.ops.define import PRODUCTS
+
+# How AOTAutograd names the inputs that the caller holds: Inductor knows them so too.
+CALLERS = ("primals_", "tangents_")
 
 
 def run(graph: fx.Graph) -> int:
     """Move what is better made later, and return how many calls were moved."""
     count = 0
     for casts in _groups(graph):
-        count += sum(_put_after(*pair) for pair in pairwise(_order(casts)))
+        count += sum(_put_after(*pair, casts) for pair in pairwise(_order(casts)))
     if count:
         stable_topological_sort(graph)
     return count + _sink(graph)
@@ -44,46 +51,55 @@ def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
 
 def _inputs(cast: fx.Node) -> set[fx.Node]:
     """What a cast reads that is as large as what it casts."""
-    inputs, *rest = cast.args
-    kinds = pointwise.parse(next(a for a in rest if isinstance(a, str))).kinds
-    return {base(i) for i, kind in zip(inputs, kinds, strict=True) if kind == "full"}  # type: ignore[arg-type,union-attr]
+    args: Any = cast.args
+    kinds = pointwise.parse(next(a for a in args[1:] if isinstance(a, str))).kinds
+    return {base(i) for i, kind in zip(args[0], kinds, strict=True) if kind == "full"}
 
 
 def _order(casts: list[fx.Node]) -> list[fx.Node]:
-    """Next always the one that the most inputs die with; else as they stand."""
-    left, order = list(casts), []
+    """The casts and what reads them, in the order in which they are to run."""
+    left, order, late = list(casts), [], []
     while left:
+        # The one that the most inputs die with; among equals the first.
+        needed = {c: {i for other in left if other is not c for i in _inputs(other)} for c in left}
+        cast = max(left, key=lambda c: len(_inputs(c) - needed[c]))
+        left.remove(cast)
+        order.append(cast)
+        for reader in sorted({u for item in cast.users for u in item.users if u.op != "output"}):
+            (late if _grows(reader) else order).append(reader)
+    return [*order, *(reader for reader in late if reader not in order)]
 
-        def dead(cast: fx.Node, left: list[fx.Node] = left) -> int:
-            needed = {i for other in left if other is not cast for i in _inputs(other)}
-            return len(_inputs(cast) - needed)
 
-        order.append(max(left, key=dead))
-        left.remove(order[-1])
-    return order
+def _grows(node: fx.Node) -> bool:
+    """Whether a call makes more bytes than are dead after it."""
+    freed = sum(_num_bytes(i) for i in node.all_input_nodes if set(i.users) == {node})
+    return _num_bytes(node) > freed
 
 
-def _put_after(first: fx.Node, cast: fx.Node) -> int:
-    """Move a cast, what reads it and what is quantized for those behind what reads the first."""
-    at = max(_readers(first))
-    moved = {cast, *cast.users, *_readers(cast)}
-    for node in reversed(cast.graph.nodes):
-        if _is_light(node) and node.users and all(u in moved for u in node.users):
+def _num_bytes(node: fx.Node) -> int:
+    made = node.meta.get("val")
+    if not isinstance(made, torch.Tensor) or node.op == "placeholder":
+        return 0
+    return (hint(made.numel()) or 0) * made.element_size()
+
+
+def _put_after(first: fx.Node, then: fx.Node, casts: list[fx.Node]) -> int:
+    """Move a call behind another, with what else is quantized for it alone, if it is before it."""
+    if not then < first:
+        return 0
+    moved = {then}
+    for node in reversed(then.graph.nodes):
+        for_it = _is_light(node) and node.users and all(u in moved for u in node.users)
+        if for_it and node not in casts:
             moved.add(node)
-    early = [node for node in cast.graph.nodes if node in moved and node < at]
-    for node in early:
-        at.append(node)
-        at = node
+    early = [node for node in then.graph.nodes if node in moved and node < first]
+    for node in reversed(early):
+        first.append(node)
     return len(early)
 
 
-def _readers(cast: fx.Node) -> set[fx.Node]:
-    """The calls that read what a cast makes; itself if there is none."""
-    return {u for item in cast.users for u in item.users if u.op != "output"} or {cast}
-
-
 def _sink(graph: fx.Graph) -> int:
-    """Move what is quantized from the graph's inputs alone down to its first reader."""
+    """Move what is quantized from tensors that are held anyway down to its first reader."""
     from_inputs: set[fx.Node] = set()
     for node in graph.nodes:
         known = all(i in from_inputs for i in node.all_input_nodes)
@@ -94,10 +110,26 @@ def _sink(graph: fx.Graph) -> int:
         if node.op == "placeholder" or node not in from_inputs or not node.users:
             continue
         first = min(node.users)
-        if first.op != "output" and node.next is not first:
+        is_idle = first.op != "output" and node.next is not first
+        if is_idle and all(_is_held(base(i), first) for i in node.all_input_nodes):
             first.prepend(node)
             count += 1
     return count
+
+
+def _is_held(node: fx.Node, until: fx.Node) -> bool:
+    """Whether an input lives until then anyhow: for the caller, or for what is computed of it."""
+    if node.op != "placeholder" or node.name.startswith(CALLERS) or value(node).dim() < 2:
+        return True
+    seen, stack = {node}, [node]
+    while stack:
+        for user in stack.pop().users:
+            if not user < until:
+                return True
+            if user not in seen and is_cheap(user):
+                seen.add(user)
+                stack.append(user)
+    return False
 
 
 def _is_light(node: fx.Node) -> bool:
