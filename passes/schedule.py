@@ -58,7 +58,9 @@ def _inputs(cast: fx.Node) -> set[fx.Node]:
 
 def _order(casts: list[fx.Node]) -> list[fx.Node]:
     """The casts and what reads them, in the order in which they are to run."""
-    left, order, late = list(casts), [], []
+    left = list(casts)
+    order: list[fx.Node] = []
+    late: list[fx.Node] = []
     while left:
         # The one that the most inputs die with; among equals the first.
         needed = {c: {i for other in left if other is not c for i in _inputs(other)} for c in left}
