@@ -41,12 +41,13 @@ def run(graph: fx.Graph) -> int:
 
 def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
     """The casts of one graph that read a large input together, in graph order."""
-    groups: list[list[fx.Node]] = []
+    group_of: dict[fx.Node, list[fx.Node]] = {}  # by input
     for cast in calls(graph, (ops.fused_cast.op, ops.fused_cast_micro.op)):
-        alike = [g for g in groups if any(_inputs(cast) & _inputs(other) for other in g)]
-        groups = [g for g in groups if g not in alike]
-        groups.append([*(c for g in alike for c in g), cast])
-    return [g for g in groups if len(g) > 1]
+        alike = {id(g): g for i in _inputs(cast) if (g := group_of.get(i)) is not None}
+        group = [*(other for g in alike.values() for other in g), cast]
+        group_of |= {i: group for member in group for i in _inputs(member)}
+    groups = {id(group): group for group in group_of.values()}
+    return [sorted(group) for group in groups.values() if len(group) > 1]
 
 
 def _inputs(cast: fx.Node) -> set[fx.Node]:
@@ -89,12 +90,14 @@ def _put_after(first: fx.Node, then: fx.Node, casts: list[fx.Node]) -> int:
     """Move a call behind another, with what else is quantized for it alone, if it is before it."""
     if not then < first:
         return 0
-    moved = {then}
-    for node in reversed(then.graph.nodes):
-        for_it = _is_light(node) and node.users and all(u in moved for u in node.users)
-        if for_it and node not in casts:
-            moved.add(node)
-    early = [node for node in then.graph.nodes if node in moved and node < first]
+    moved, stack = {then}, [then]
+    while stack:
+        for i in stack.pop().all_input_nodes:
+            for_it = _is_light(i) and i not in casts and all(u in moved for u in i.users)
+            if for_it and i not in moved:
+                moved.add(i)
+                stack.append(i)
+    early = sorted(node for node in moved if node < first)
     for node in reversed(early):
         first.append(node)
     return len(early)

@@ -8,7 +8,7 @@ from oracle import FFN, bf16, compiled, data, step
 from torch import nn
 
 from lpcompile import ops, pipeline
-from lpcompile.graph import base, placeholders
+from lpcompile.graph import base, calls, placeholders
 from lpcompile.ops.define import PRODUCTS
 
 RECIPES = ["fp8_rowwise", "fp8_tensorwise", "fp8_blockwise"]
@@ -109,18 +109,32 @@ def test_wgrads_of_few_rows_wait_until_all_is_cast(monkeypatch):
     assert max(at[n] for n in hidden) < min(at[n] for n in wgrads)
 
 
+def weights(graph):
+    return [p for p in placeholders(graph) if num_bytes(p) in (2 * DIM**2, 2 * DIM * HIDDEN)]
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_weight_is_quantized_right_before_its_gemm(monkeypatch, recipe):
     model, x = bf16(Block()), data(512, DIM)
     for graph in graphs(monkeypatch, model, x, recipe)[:2]:
-        weights = {p for p in placeholders(graph) if num_bytes(p) in (DIM**2 * 2, DIM * HIDDEN * 2)}
-        copies = [n for n in graph.nodes if n.args and n.args[0] in weights and n.target in NARROW]
+        copies = [n for n in calls(graph, NARROW) if n.args[0] in weights(graph)]
         assert len(copies) == 4
         for copy in copies:
             after = copy
             while after.target not in PRODUCTS:
                 after = after.next
             assert after in {user for pair in copy.users for user in pair.users}
+
+
+def test_the_amax_of_a_weight_is_taken_once(monkeypatch):
+    """In the forward, which saves it: one number."""
+    model, x = bf16(Block()), data(512, DIM)
+    forward, backward, _ = graphs(monkeypatch, model, x, "fp8_tensorwise")
+    taken = [
+        {n.args[0] for n in graph.nodes if n.target is ops.amax_tensor.op} & set(weights(graph))
+        for graph in (forward, backward)
+    ]
+    assert [len(nodes) for nodes in taken] == [4, 0]
 
 
 NARROW = {
