@@ -78,6 +78,7 @@ def compile_graph(
         patches["force_disable_caches"] = True  # there is no artifact to cache
     elif compile.dump is not None:
         inner = compile.dump.inductor(inner)
+    inner = partial(with_kernels, inner=inner, compile=compile)
     with functorch_config.patch(_for_memory_budget()):
         compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)
     announce(compile)
@@ -98,6 +99,21 @@ def run_op_by_op(
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+def with_kernels(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    inner: Callable[..., Any],
+    compile: Compile,
+    **kwargs: Any,
+) -> Any:
+    """An inner compiler that is done when the kernels that a pass began to compile are."""
+    made = inner(gm, example_inputs, **kwargs)
+    while compile.kernels:
+        log.debug("kernels compiled ahead: %d", compile.kernels.pop().result())
+    return made
 
 
 def announce(compile: Compile) -> None:

@@ -6,7 +6,7 @@ it is in memory anyway; an fp32 one never is, since nobody should write it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,25 @@ class Cone:
         return Program(
             tuple(kind for _, kind in self.leaves), tuple(self.statements), tuple(results)
         )
+
+    def part(self, result: str) -> tuple["Cone", str]:
+        """What makes one result alone, and the result's name in it."""
+        part, names = Cone(self.rows, self.columns, self.is_private), {}
+
+        def take(name: str) -> str:
+            if name[0] in "iv" and name not in names:
+                at = int(name[1:])
+                if name[0] == "i":
+                    names[name] = f"i{len(part.leaves)}"
+                    part.leaves.append(self.leaves[at])
+                else:
+                    made = self.statements[at]
+                    args = tuple(map(take, made.args))
+                    names[name] = f"v{len(part.statements)}"
+                    part.statements.append(replace(made, name=names[name], args=args))
+            return names.get(name, name)
+
+        return part, take(result)
 
     @property
     def num_full(self) -> int:

@@ -9,6 +9,7 @@ On a hit of Inductor's cache no pass runs, so nothing may rely on its having run
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,13 +23,13 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 
 import lpcompile
-from lpcompile import placement, saved, structure, verify
+from lpcompile import ahead, placement, saved, structure, verify
 from lpcompile.cost import DEVICES
 from lpcompile.dumps import Dump
 from lpcompile.flow import Flow, Leaves, is_called
 from lpcompile.graph import hint, module_path
 from lpcompile.options import Options, Rule
-from lpcompile.passes import deduplicate, fuse, fuse_micro, grouped_mm, linear
+from lpcompile.passes import deduplicate, fuse, fuse_micro, grouped_mm, linear, schedule
 from lpcompile.recipes import get_recipe
 from lpcompile.report import Row, SavedBytes
 from lpcompile.select import Choice, Selection, annotated, annotation
@@ -53,6 +54,7 @@ class Compile:
     originals: dict[fx.Graph, fx.Graph] = field(default_factory=dict)  # as they were, by graph
     saved_bytes: SavedBytes | None = None
     dump: Dump | None = None
+    kernels: list[Future[int]] = field(default_factory=list)  # compiled beside Inductor's
 
     @property
     def unmatched(self) -> tuple[str, ...]:
@@ -130,6 +132,7 @@ class JointPass(CustomGraphPass):
 AFTER_THE_CUT: list[tuple[str, Callable[[fx.Graph], int]]] = [
     ("fuse", fuse.run),
     ("fuse_micro", fuse_micro.run),
+    ("schedule", schedule.run),  # last: it orders what the others made
 ]
 
 
@@ -144,6 +147,8 @@ class PostPass(CustomGraphPass):
             self.compile.dump.given(graph, "post_grad")
         steps = [(name, partial(run, graph)) for name, run in AFTER_THE_CUT]
         run_steps(graph, steps, self.compile)
+        if self.compile.options.codegen == "inductor":
+            self.compile.kernels += ahead.start(graph)
 
     def uuid(self) -> str:
         return f"{self.compile.options.verify} {sources()}"

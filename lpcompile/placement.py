@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from lpcompile import ops
 from lpcompile.flow import Flow
 from lpcompile.graph import (
     BACKWARD,
@@ -62,6 +63,14 @@ def quantize_meta(site: Site, operand: fx.Node, is_second: bool, late: bool) -> 
         # where a linear has W the other way round: AOT's CSE makes one quantize of the two.
         meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     return meta
+
+
+def keep_amax(site: Site, values: fx.Node) -> None:
+    """Save the amax of W, one number, that the quantize of W for the backward reads as well."""
+    quantize = values.all_input_nodes[0]
+    for node in quantize.all_input_nodes:
+        if node.target is ops.amax_tensor.op and not _is_checkpointed(site):
+            del node.meta["recompute"]
 
 
 def _recompute(node: fx.Node, through: Container[Any]) -> None:

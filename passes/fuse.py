@@ -25,6 +25,7 @@ from torch._prims_common import is_contiguous_or_false
 from lpcompile import ops
 from lpcompile.cones import POINTWISE, RESHAPES, Cone, TooComplex
 from lpcompile.graph import call, shape, value
+from lpcompile.liveness import is_cheap
 from lpcompile.ops.fused_quantize_row import WIDEST
 from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, Form
 
@@ -124,14 +125,25 @@ def _private(graph: fx.Graph, requests: dict[fx.Node, list[Request]]) -> set[fx.
 
 
 def with_producers(graph: fx.Graph, private: set[fx.Node]) -> set[fx.Node]:
-    """The nodes, and the pointwise ones that nobody needs but them."""
+    """The nodes, the pointwise ones that nobody needs but them, and those that nobody need write.
+
+    What is made of the graph's inputs, and read by pointwise ops, these make again: a residual sum
+    in a backward. To have it written for the quantize would let Inductor write it where it makes
+    the norm's gradient, after every other GEMM, and have the GEMM that reads the copy wait for it.
+    """
     for node in reversed(graph.nodes):
-        made_of = node.op == "call_function" and (
-            node.target in POINTWISE or node.target in RESHAPES
-        )
-        if made_of and node.users and all(u in private for u in node.users):
+        if _is_pointwise(node) and node.users and all(u in private for u in node.users):
+            private.add(node)
+    for node in graph.nodes:
+        known = all(i.op == "placeholder" or i in private for i in node.all_input_nodes)
+        if _is_pointwise(node) and known and all(u in private or is_cheap(u) for u in node.users):
             private.add(node)
     return private
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    """Whether a program can hold the node."""
+    return node.op == "call_function" and (node.target in POINTWISE or node.target in RESHAPES)
 
 
 _AMAXES = {amax for _, _, amax in QUANTIZES.values() if amax is not None}
@@ -244,31 +256,51 @@ def _given(request: Request) -> bool:
 
 
 def _replace(graph: fx.Graph, group: Group) -> None:
+    """One op for every amax of the group, and for each result one for its copies, where they were.
+
+    One for all copies would read the inputs once, and hold all of them from then on.
+    """
     fake_mode: Any = value(group.requests[0].x).fake_mode  # type: ignore[attr-defined]
     make = partial(call, graph, fake_mode)
+    amaxes = _replace_amaxes(graph, make, group)
+    for whole, requests in group.results:
+        cone, name = group.cone.part(whole)
+        program = cone.program([name]).text()
+        forms = [r.form(0).text for r in requests]
+        with graph.inserting_before(min(r.node for r in requests)):
+            inputs = [matrix(make, cone, leaf, kind) for leaf, kind in cone.leaves]
+            reads = [amax for r in requests if (amax := amaxes.get(r.node, r.amax)) is not None]
+            made = make(ops.fused_cast.op, inputs, reads, program, forms)
+            pairs = [
+                [make(operator.getitem, made, 2 * i + j) for j in (0, 1)] for i in range(len(forms))
+            ]
+        for request, pair in zip(requests, pairs, strict=True):
+            for user in list(request.node.users):
+                user.replace_all_uses_with(pair[user.args[1]])
+                graph.erase_node(user)
+            graph.erase_node(request.node)
+
+
+def _replace_amaxes(graph: fx.Graph, make: Any, group: Group) -> dict[fx.Node, fx.Node]:
+    """One op for every amax that the group makes; gives the one of each quantize that reads it."""
+    asked = {
+        r.node: (r.form(i).amax, r.amax)
+        for i, (_, rs) in enumerate(group.results)
+        for r in rs
+        if r.kind not in BLOCKS and not _given(r)
+    }
+    if not asked:
+        return {}
+    wants = list(dict.fromkeys(want for want, _ in asked.values()))
     program = group.cone.program([name for name, _ in group.results]).text()
-    forms = [(r, r.form(i)) for i, (_, rs) in enumerate(group.results) for r in rs]
-    after = [leaf for leaf, _ in group.cone.leaves]
-    after += [r.amax for r, _ in forms if r.amax is not None and _given(r)]
-    with graph.inserting_before(last(after).next):
+    with graph.inserting_before(last([leaf for leaf, _ in group.cone.leaves]).next):
         inputs = [matrix(make, group.cone, leaf, kind) for leaf, kind in group.cone.leaves]
-        wants = list(dict.fromkeys(f.amax for r, f in forms if f.amax and not _given(r)))
-        amaxes: dict[str, fx.Node] = {}
-        if wants:
-            every = make(ops.fused_amax.op, inputs, program, wants)
-            amaxes = {want: make(operator.getitem, every, i) for i, want in enumerate(wants)}
-        reads = [r.amax if _given(r) else amaxes[f.amax] for r, f in forms if f.amax]
-        made = make(ops.fused_cast.op, inputs, reads, program, [f.text for _, f in forms])
-        pairs = [
-            [make(operator.getitem, made, 2 * i + j) for j in (0, 1)] for i in range(len(forms))
-        ]
-    for (request, form), pair in zip(forms, pairs, strict=True):
-        for user in list(request.node.users):
-            user.replace_all_uses_with(pair[user.args[1]])
-            graph.erase_node(user)
-        graph.erase_node(request.node)
-        if request.amax is not None and not _given(request):
-            request.amax.replace_all_uses_with(amaxes[form.amax])
+        every = make(ops.fused_amax.op, inputs, program, wants)
+        made = {want: make(operator.getitem, every, i) for i, want in enumerate(wants)}
+    for want, amax in asked.values():
+        if amax is not None:
+            amax.replace_all_uses_with(made[want])
+    return {node: made[want] for node, (want, _) in asked.items()}
 
 
 def last(nodes: list[fx.Node]) -> fx.Node:

@@ -82,21 +82,24 @@ def _rewrite(
         x, transposed = peel(_matrix(node, operand))
         how_quantize = partial(quantize, operand=how_operand, transpose=transposed != (side == 1))
         given = (x, seed) if how_operand.rounding == "stochastic" else (x,)
-        quantized.append(emit(node, partial(_with_seed, how_quantize), *given, meta=meta))
+        made = emit(node, partial(_with_seed, how_quantize), *given, meta=meta)
+        if is_second and site.product == "fprop":
+            placement.keep_amax(site, made.values)
+        quantized.append(made)
     multiply = partial(
         gemm.multiply,
         out_dtype=out_dtype,
         fast_accum=how.fast_accum,
         swizzled=how.lhs.fmt.swizzled,
     )
-    made = emit(node, multiply, *quantized, meta=meta_of(node))
+    product = emit(node, multiply, *quantized, meta=meta_of(node))
     if node.target is aten.addmm.default:
-        made = emit(node, aten.add.Tensor, made, node.args[0], meta=meta_of(node))
+        product = emit(node, aten.add.Tensor, product, node.args[0], meta=meta_of(node))
     if node.target is aten.bmm.default:
-        made = emit(node, aten.unsqueeze.default, made, 0, meta=meta_of(node))
-    replace(node, made)
+        product = emit(node, aten.unsqueeze.default, product, 0, meta=meta_of(node))
+    replace(node, product)
     if cast is not None:
-        placement.fold(cast, made)
+        placement.fold(cast, product)
 
 
 def _with_seed(quantize: Callable[..., Any], x: Any, seed: Any = None) -> Any:

@@ -113,11 +113,11 @@ def static_shapes() -> AbstractContextManager[None]:
 
 
 def warm_up(variants: Sequence[Variant], device: torch.device) -> None:
-    """Compile a small layer with Inductor's and our backend, so that no time has imports.
+    """Compile a small block with Inductor's and our backend, so that no time has imports.
 
     Peers convert small experts, which imports what they need.
     """
-    layer = llama_layer("ffn", LLAMAS["tiny"])
+    layer = llama_layer("block", LLAMAS["tiny"])
     with static_shapes():
         for variant in [*variants[:1], *[v for v in variants if v.recipe][:1]]:
             variant.apply(built(layer, device))(*layer.inputs(device)).sum().backward()

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 LIBRARY = Library("lpcompile", "FRAGMENT")
 PRODUCTS: set[Any] = set()  # the ops that multiply, those with a flop formula
+LAUNCHES: dict[Any, Callable[..., Any]] = {}  # what runs an op on a GPU
 ALIGN = 16  # bytes: cuBLAS and CUTLASS read FP8 rows that start at multiples of this
 
 
@@ -36,6 +37,7 @@ def define(
     LIBRARY.impl(name, launch, "CUDA")
     torch.library.register_fake(f"lpcompile::{name}", outputs, lib=LIBRARY)
     packet = getattr(torch.ops.lpcompile, name)
+    LAUNCHES[packet.default] = launch
     register_flop_formula(packet)(flops or _no_flops)
     if flops is not None:
         PRODUCTS.add(packet.default)

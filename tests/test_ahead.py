@@ -1,0 +1,76 @@
+"""Kernels compiled beside Inductor's: which, by whom, and that nothing runs meanwhile."""
+
+import threading
+
+import pytest
+import torch
+from oracle import FFN, bf16, data
+from torch import fx
+from torch._subclasses import FakeTensorMode
+from triton.runtime.jit import JITFunction
+
+from lpcompile import ahead, ops
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_tensorwise", "fp8_blockwise"])
+def test_no_kernel_of_a_graph_is_compiled_at_its_first_call(monkeypatch, recipe):
+    threads, whole = [], JITFunction._do_compile
+
+    def watched(self, *args, **kwargs):
+        threads.append((self.fn.__module__, threading.current_thread().name))
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", watched)
+    # Sizes that nobody else has, or the kernels would be there already.
+    model, x = bf16(FFN(208, 1232), "cuda"), data(1360, 208, device="cuda")
+    options = {"recipe": recipe, "rewrite": "all", "force_disable_caches": True}
+    torch.compile(model, backend="lowprec", options=options)(x).sum().backward()
+    assert threads, "nothing of ours was compiled"
+    late = [name for name, thread in threads if not thread.startswith("lpcompile-launch")]
+    assert late == []
+
+
+def quantized(device):
+    graph, mode = fx.Graph(), FakeTensorMode()
+    x = graph.placeholder("x")
+    with mode:
+        x.meta["val"] = torch.empty(64, 96, device=device, dtype=torch.bfloat16)
+    node = graph.call_function(ops.quantize_fp8_row.op, (x, torch.float8_e4m3fn, True))
+    graph.output(node)
+    return graph, node
+
+
+def test_a_graph_on_the_cpu_starts_nothing():
+    assert ahead.start(quantized("cpu")[0]) == []
+
+
+@pytest.mark.gpu
+def test_a_launch_has_the_sizes_and_the_place_of_the_op():
+    _, node = quantized("cuda")
+    launch, (x, element, pow2), kwargs = ahead._launch(node, FakeTensorMode())
+    assert launch is ops.quantize_fp8_row.launch
+    assert (x.shape, x.stride(), x.device.type) == ((64, 96), (96, 1), "cuda")
+    assert (element, pow2, kwargs) == (torch.float8_e4m3fn, True, {})
+
+
+def test_what_fails_ahead_is_left_to_its_first_call():
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    assert not ahead._attempt(broken)
+    assert ahead._attempt(lambda: None)
+
+
+def test_only_the_thread_that_compiles_does_not_run(monkeypatch):
+    ran = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, warmup: ran.append(warmup))
+    run = JITFunction.run
+    with ahead._instead_of_running() as kernels:
+        JITFunction.run(None, 1, grid=(1,), warmup=False)
+        other = threading.Thread(target=lambda: JITFunction.run(None, 2, grid=(1,), warmup=False))
+        other.start()
+        other.join()
+    assert ran == [True, False]
+    assert len(kernels) == 1
+    assert JITFunction.run is run
