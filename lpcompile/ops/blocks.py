@@ -34,12 +34,18 @@ def spread(scale: Tensor, size: int) -> Tensor:
     return scale.repeat_interleave(size, 1)
 
 
+def stacked(made: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The values and the scales of several matrices, each stacked."""
+    values, scales = zip(*made, strict=True)
+    return torch.stack(values), torch.stack(scales)
+
+
 def tile(x: Tensor, rows: int) -> tuple[int, int]:
-    """The tile (BR, BC) in which a quantizer reads x[R, C]: wide, or square when x is transposed.
+    """The tile (BR, BC) in which a quantizer reads x[..., R, C]: wide, or square when x is transposed.
 
     A square tile reads and writes at least 64 elements in a row either way.
     """
-    transposed = x.stride(0) == 1 and x.stride(1) != 1
+    transposed = x.stride(-2) == 1 and x.stride(-1) != 1
     return (64, 64) if transposed or rows > 1 else (16, 256)
 
 

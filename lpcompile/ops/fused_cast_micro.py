@@ -31,6 +31,7 @@ from lpcompile.ops import (
 )
 from lpcompile.ops.define import define, round_up, same_bits
 from lpcompile.ops.micro_source import E4M3, Form, parse_form
+from lpcompile.ops.philox import words
 
 # (blocks of x or of x.T, shared by one row) -> rows or runs, and columns, of a tile; 4 warps.
 TILES = {(True, True): (16, 256), (True, False): (64, 64), (False, True): (2, 128)}
@@ -72,10 +73,8 @@ def reference(
         if form.size == 32:
             values, scales = quantize_mxfp8.by_blocks(x, form.rows, E4M3, form.how == "floor")
         else:
-            key = None if form.draw is None else seed
-            values, scales = quantize_nvfp4.by_blocks(
-                x, next(given), key, form.draw or 0, form.rows
-            )
+            word = None if form.draw is None else words(seed, form.draw, x.shape)
+            values, scales = quantize_nvfp4.by_blocks(x, next(given), word, form.rows)
         made += [values, swizzle.reference(scales) if form.swizzled else scales]
     return made
 

@@ -2,9 +2,12 @@
 
     word = the first word of Philox(key = seed, counter = (index, index >> 32, draw, 0))
 
-``index`` is the logical element, r * C + c of the operand [R, C] that is quantized, so that a draw
-depends on no launch grid, no tile and no device; ``draw`` tells apart the ops that share a seed.
+``index`` is the logical element, r * C + c of the operand [R, C] that is quantized (of a stack, after
+those of the matrices before), so that a draw depends on no launch grid, no tile and no device; ``draw`` tells apart the ops that share a seed.
 """
+
+from collections.abc import Sequence
+from math import prod
 
 import torch
 import triton
@@ -30,9 +33,11 @@ def philox(seed: Tensor, counter: tuple[Tensor | int, Tensor | int, int, int]) -
     return [c0, c1, c2, c3]
 
 
-def words(seed: Tensor, draw: int, shape: tuple[int, int]) -> Tensor:
-    """The word of every element of an operand of that shape -> [R, C] int64."""
-    index = torch.arange(shape[0] * shape[1], device=seed.device).view(shape)
+def words(seed: Tensor | None, draw: int, shape: Sequence[int]) -> Tensor | None:
+    """The word of every element of an operand of that shape, int64; None without a seed."""
+    if seed is None:
+        return None
+    index = torch.arange(prod(shape), device=seed.device).view(*shape)
     return philox(seed, (index & MASK, index >> 32, draw, 0))[0]
 
 

@@ -1,8 +1,8 @@
 """Quantize to MXFP8: x[R, C] bf16 -> values[R, Cp] e4m3, scales[R, Cp / 32] e8m0 as uint8.
 
-One scale per 1x32. Cp is C rounded up to 32, and the padding is zero. Arithmetic:
-``lpcompile.ops.mx``. The kernel serves the four MXFP8 quantizers: strides say what is transposed,
-ROWS what shares.
+One scale per 1x32. Cp is C rounded up to 32, and the padding is zero. Of x[E, R, C], a stack, every
+matrix alone. Arithmetic: ``lpcompile.ops.mx``. The kernel serves the four MXFP8 quantizers: strides
+say what is transposed, ROWS what shares.
 """
 
 from typing import Any
@@ -18,8 +18,10 @@ from lpcompile.ops.mx import BLOCK
 
 
 def outputs(x: Tensor, element: torch.dtype, floor: bool) -> tuple[Tensor, Tensor]:
-    R, CP = x.shape[0], round_up(x.shape[1], BLOCK)
-    return x.new_empty((R, CP), dtype=element), x.new_empty((R, CP // BLOCK), dtype=torch.uint8)
+    *rows, C = x.shape
+    CP = round_up(C, BLOCK)
+    scales = x.new_empty((*rows, CP // BLOCK), dtype=torch.uint8)
+    return x.new_empty((*rows, CP), dtype=element), scales
 
 
 def reference(x: Tensor, element: torch.dtype, floor: bool) -> tuple[Tensor, Tensor]:
@@ -28,6 +30,8 @@ def reference(x: Tensor, element: torch.dtype, floor: bool) -> tuple[Tensor, Ten
 
 def by_blocks(x: Tensor, rows: int, element: torch.dtype, floor: bool) -> tuple[Tensor, Tensor]:
     """x[R, C] with a scale per (rows, 32), repeated over the rows."""
+    if x.dim() == 3:
+        return blocks.stacked([by_blocks(one, rows, element, floor) for one in x])
     R, C = x.shape
     whole = blocks.padded(x, round_up(C, BLOCK))
     byte = mx.scale_byte(blocks.shared_amax(whole, rows, BLOCK), element, floor)
@@ -44,6 +48,7 @@ def kernel(
     R,
     C,
     CP,
+    stride_e,
     stride_r,
     stride_c,
     LIMIT: tl.constexpr,
@@ -55,6 +60,10 @@ def kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
+    e = tl.program_id(2).to(tl.int64)
+    x_ptr += e * stride_e
+    values_ptr += e * R * CP
+    scales_ptr += e * R * (CP // 32)
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     at = r[:, None].to(tl.int64) * stride_r + c[None, :].to(tl.int64) * stride_c
@@ -74,11 +83,12 @@ def kernel(
 def fill(
     x: Tensor, made: tuple[Tensor, Tensor], element: torch.dtype, floor: bool, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel on x[R, C], whatever its strides, into ``made``."""
+    """Run the kernel on x[..., R, C], whatever its strides, into ``made``."""
     values, scales = made
-    (R, C), CP = x.shape, values.shape[1]
+    x = fp8.stack(x)
+    (E, R, C), CP = x.shape, values.shape[-1]
     BR, BC = blocks.tile(x, rows)
-    kernel[(triton.cdiv(R, BR), triton.cdiv(CP, BC))](
+    kernel[(triton.cdiv(R, BR), triton.cdiv(CP, BC), E)](
         x, values, scales, R, C, CP, *x.stride(),
         fp8.MAX[element], mx.EXPONENT[element], fp8.TRITON[element], floor, rows,
         blocks.runs_native(x), BR, BC, num_warps=4,
@@ -108,7 +118,8 @@ def samples(device: str) -> list[tuple[Any, ...]]:
     spread = torch.randn(261, 64, device=device, dtype=torch.bfloat16).clamp(-1.9, 1.9)
     powers = torch.arange(-133, 128, device=device)[:, None]
     spread = torch.ldexp(spread.double(), powers).to(torch.bfloat16)
-    inputs = [large, large.t(), spread, spread.t()]
+    experts = torch.randn(3, 41, 83, device=device, dtype=torch.bfloat16)
+    inputs = [large, large.t(), spread, spread.t(), experts, experts.mT]
     return [
         (x, element, floor)
         for x in (*inputs, *amax_column.matrices(device))

@@ -2,8 +2,9 @@
 
 One scale per 1x16 under that of the tensor, whose amax comes from ``amax_tensor``. Cp is C rounded
 up to 32, and the padding is zero. With a seed[1] int64 rounding is stochastic, and ``draw`` tells
-apart the ops that share the seed; without one it is to nearest. Arithmetic: ``lpcompile.ops.fp4``.
-The kernel serves the four NVFP4 quantizers: strides say what is transposed, ROWS what shares.
+apart the ops that share the seed; without one it is to nearest. Of x[E, R, C], a stack, and
+amax[E], every matrix alone. Arithmetic: ``lpcompile.ops.fp4``. The kernel serves the four NVFP4
+quantizers: strides say what is transposed, ROWS what shares.
 """
 
 from typing import Any
@@ -20,30 +21,35 @@ from lpcompile.ops.philox import words
 
 
 def outputs(x: Tensor, amax: Tensor, seed: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
-    R, CP = x.shape[0], round_up(x.shape[1], ALIGN)
-    scales = x.new_empty((R, CP // BLOCK), dtype=torch.float8_e4m3fn)
-    return x.new_empty((R, CP // 2), dtype=torch.uint8), scales
+    *rows, C = x.shape
+    CP = round_up(C, ALIGN)
+    scales = x.new_empty((*rows, CP // BLOCK), dtype=torch.float8_e4m3fn)
+    return x.new_empty((*rows, CP // 2), dtype=torch.uint8), scales
 
 
 def reference(x: Tensor, amax: Tensor, seed: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
-    return by_blocks(x, amax, seed, draw, 1)
+    return by_blocks(x, amax, words(seed, draw, x.shape), 1)
 
 
 def by_blocks(
-    x: Tensor, amax: Tensor, seed: Tensor | None, draw: int, rows: int
+    x: Tensor, amax: Tensor, word: Tensor | None, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """x[R, C] with a scale per (rows, 16), repeated over the rows."""
-    R, C = x.shape
+    """x[R, C] with a scale per (rows, 16), repeated over the rows.
+
+    word: the random one of every element, where rounding is stochastic.
+    """
+    if x.dim() == 3:
+        each = zip(x, amax, [None] * len(x) if word is None else word, strict=True)
+        return blocks.stacked([by_blocks(one, a, w, rows) for one, a, w in each])
+    C = x.shape[1]
     whole = blocks.padded(x, round_up(C, ALIGN))
     tensor = fp4.tensor_scale(amax)
     s = fp4.block_scale(blocks.shared_amax(whole, rows, BLOCK), tensor)
     v = whole.float() * blocks.spread(fp4.encode_scale(s, tensor), BLOCK)
     v[:, C:] = 0  # under a NaN scale too
-    if seed is None:
-        codes = fp4.nearest(v)
-    else:
-        codes = fp4.nearest(v)
-        codes[:, :C] = fp4.stochastic(v[:, :C], words(seed, draw, (R, C)))
+    codes = fp4.nearest(v)
+    if word is not None:
+        codes[:, :C] = fp4.stochastic(v[:, :C], word)
     return fp4.pack(codes).contiguous(), s.contiguous()
 
 
@@ -57,6 +63,7 @@ def kernel(
     R,
     C,
     CP,
+    stride_e,
     stride_r,
     stride_c,
     draw,
@@ -66,18 +73,22 @@ def kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
+    e = tl.program_id(2).to(tl.int64)
+    x_ptr += e * stride_e
+    values_ptr += e * R * (CP // 2)
+    scales_ptr += e * R * (CP // 16)
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     start = tl.program_id(1) * BC
     c = start + tl.arange(0, BC)
     at = r[:, None].to(tl.int64) * stride_r + c[None, :].to(tl.int64) * stride_c
     live = (r < R)[:, None] & (c < C)[None, :]
     x = tl.load(x_ptr + at, mask=live, other=0.0)
-    tensor = fp4.tile_tensor_scale(tl.load(amax_ptr))
+    tensor = fp4.tile_tensor_scale(tl.load(amax_ptr + e))
     s = fp4.tile_block_scale(blocks.tile_amax(x, ROWS, 16), tensor)
     scaled = blocks.tile_scaled(x.to(tl.float32), fp4.tile_encode_scale(s, tensor))
     v = tl.where(live, scaled, 0.0)
     seed = tl.load(seed_ptr) if STOCHASTIC else 0
-    first = r[:, None].to(tl.int64) * C  # the logical index of the row's first element
+    first = (e * R + r[:, None]) * C  # the logical index of the row's first element
     bytes_per_row = CP // 2
     if NATIVE and STOCHASTIC:
         four = start // 4 + tl.arange(0, BC // 4)
@@ -105,12 +116,13 @@ def fill(
     made: tuple[Tensor, Tensor],
     rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel on x[R, C], whatever its strides, into ``made``."""
+    """Run the kernel on x[..., R, C], whatever its strides, into ``made``."""
     values, scales = made
-    (R, C), CP = x.shape, values.shape[1] * 2
+    x = fp8.stack(x)
+    (E, R, C), CP = x.shape, values.shape[-1] * 2
     BR, BC = blocks.tile(x, rows)
     # No multiply-add fusion: x * enc is rounded before what is subtracted from it.
-    kernel[(triton.cdiv(R, BR), triton.cdiv(CP, BC))](
+    kernel[(triton.cdiv(R, BR), triton.cdiv(CP, BC), E)](
         x, amax, seed, values, scales, R, C, CP, *x.stride(), draw,
         seed is not None, rows, blocks.runs_native(x), BR, BC,
         num_warps=4, enable_fp_fusion=False,
@@ -140,7 +152,9 @@ def samples(device: str) -> list[tuple[Any, ...]]:
     spread = torch.randn(261, 48, device=device, dtype=torch.bfloat16).clamp(-1.9, 1.9)
     spread = torch.ldexp(spread.double(), powers).to(torch.bfloat16)
     ties = (torch.arange(-48, 48, device=device) / 8).to(torch.bfloat16).expand(16, 96)
+    experts = torch.randn(3, 41, 83, device=device, dtype=torch.bfloat16)
     inputs = [large, large.t(), spread, spread.t(), ties, large * 1e-38, large * 1e36]
+    inputs += [experts, experts.mT]
     cases = [
         (x, amax_tensor.reference(x), s, draw)
         for x in (*inputs, *amax_column.matrices(device))
