@@ -1,18 +1,19 @@
 """The largest magnitude of every column of every group: x[T, C] bf16, offs[E] -> amax[E, C] fp32.
 
-With ``rows``, of x[rows]. Group e is x[offs[e - 1] : offs[e]]; rows past offs[-1] count nowhere, an empty group's amax is 0.
-NaN above Inf above all, as in ``amax_column``.
+Group e is x[offs[e - 1] : offs[e]]; rows past offs[-1] count nowhere, an empty group's amax is 0.
+NaN above Inf above all. With ``rows``, of x[rows]. Kernel: ``amax_column``.
 """
 
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import amax_column, fp8, groups
+from lpcompile.ops import amax_column, groups
 from lpcompile.ops.define import define, same_bits
+
+kernel = amax_column.kernel
+agrees = same_bits
 
 
 def outputs(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -24,51 +25,9 @@ def reference(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
     return torch.stack([amax_column.reference(x[group]) for group in groups.slices(offs)])
 
 
-@triton.jit
-def kernel(
-    x_ptr,
-    offs_ptr,
-    rows_ptr,
-    amax_ptr,
-    E,
-    T,
-    C,
-    stride_t,
-    stride_c,
-    ROWS: tl.constexpr,
-    BT: tl.constexpr,
-    BC: tl.constexpr,
-    EP: tl.constexpr,
-):
-    starts, ends = groups.load(offs_ptr, E, EP)
-    group, first, last, index, _ = groups.locate(tl.program_id(1), starts, ends, ROWS, 1, EP)
-    if group < E:
-        c = tl.program_id(0) * BC + tl.arange(0, BC)
-        begin = first + index * ROWS
-        end = tl.minimum(begin + ROWS, last)
-        best = tl.zeros([BT, BC], tl.float32)
-        for start in range(begin, end, BT):
-            t = start + tl.arange(0, BT)
-            row = groups.source(rows_ptr, t, t < end, T)
-            at = row[:, None] * stride_t + c[None, :].to(tl.int64) * stride_c
-            live = (t < end)[:, None] & (c < C)[None, :]
-            x = tl.load(x_ptr + at, mask=live, other=0.0)
-            best = fp8.larger(best, tl.abs(x.to(tl.float32)))
-        bits = fp8.bits_of_amax(tl.reduce(best, 0, fp8.larger))
-        tl.atomic_max(amax_ptr + group.to(tl.int64) * C + c, bits, mask=c < C, sem="relaxed")
-
-
 def launch(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
-    (T, C), E = x.shape, offs.shape[0]
-    amax = torch.zeros((E, C), dtype=torch.float32, device=x.device)
-    if x.numel():
-        ROWS, BC = 256, 256
-        grid = (triton.cdiv(C, BC), triton.cdiv(groups.num_tokens(x, rows), ROWS) + E)
-        kernel[grid](
-            x, offs, rows, amax.view(torch.int32), E, T, C, *x.stride(),
-            ROWS, 16, BC, triton.next_power_of_2(E), num_warps=8,
-        )  # fmt: skip
-    return amax
+    amax = torch.zeros((offs.shape[0], x.shape[1]), dtype=torch.float32, device=x.device)
+    return amax_column.fill(x[None], offs, rows, amax, whole=False)
 
 
 op = define(
@@ -77,7 +36,6 @@ op = define(
     reference=reference,
     launch=launch,
 )
-agrees = same_bits
 
 
 def samples(device: str) -> list[tuple[Any, ...]]:

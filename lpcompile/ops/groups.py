@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lpcompile.ops import turned
 from lpcompile.ops.define import round_up
 
 
@@ -55,6 +56,27 @@ def source(rows_ptr, t, live, T):
         t = tl.load(rows_ptr + t, mask=live, other=0).to(tl.int64)
         t = tl.where(t < 0, t + T, t)  # counted from the end
     return t
+
+
+@triton.jit
+def row_pointers(x_ptr, rows_ptr, t, last, T, stride_t, RUN: tl.constexpr):
+    """Where token t[BN] + k begins, for each k < RUN: pointers [BN, 1], any from ``last`` on."""
+    out = ()
+    for k in tl.static_range(RUN):
+        row = source(rows_ptr, t + k, t + k < last, T)
+        out = out + (x_ptr + row[:, None] * stride_t,)  # type: ignore[assignment]
+    return out
+
+
+@triton.jit
+def load_turned(pointers, t, last, c, C, stride_c):
+    """Channels c[BC] of the tokens of ``row_pointers`` -> [BC, BN * RUN], zeros from ``last`` on."""
+    rows = ()
+    for k in tl.static_range(len(pointers)):
+        live = (t + k < last)[:, None] & (c < C)[None, :]
+        at = pointers[k] + c[None, :].to(tl.int64) * stride_c
+        rows = rows + (tl.load(at, mask=live, other=0.0),)  # type: ignore[assignment]
+    return turned.turned(rows)
 
 
 @triton.jit

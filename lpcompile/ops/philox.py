@@ -42,11 +42,30 @@ def words(seed: Tensor | None, draw: int, shape: Sequence[int]) -> Tensor | None
 
 
 @triton.jit
+def product(a, M: tl.constexpr):
+    """The halves of uint32 a * M, upper first: one instruction, where ``tl.philox`` has two."""
+    wide = a.to(tl.uint64) * M
+    return (wide >> 32).to(tl.uint32), wide.to(tl.uint32)
+
+
+@triton.jit
 def tile_words(seed, draw, index):
-    """``words`` of a tile: seed int64, index[...] int64 -> uint32."""
-    low = index.to(tl.uint32)
-    zero = low * 0
-    word, _, _, _ = tl.philox(
-        seed.to(tl.uint64, bitcast=True), low, (index >> 32).to(tl.uint32), zero + draw, zero
-    )
-    return word
+    """``words`` of a tile: seed int64, index[...] uint32, or int64 -> uint32."""
+    c0 = index.to(tl.uint32)
+    c1 = c0 * 0
+    if index.dtype.primitive_bitwidth == 64:
+        c1 = (index >> 32).to(tl.uint32)
+    c2 = c0 * 0 + draw
+    c3 = c0 * 0
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        high0, low0 = product(c0, 0xD2511F53)
+        high1, low1 = product(c2, 0xCD9E8D57)
+        c0 = high1 ^ c1 ^ k0
+        c2 = high0 ^ c3 ^ k1
+        c1 = low1
+        c3 = low0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0

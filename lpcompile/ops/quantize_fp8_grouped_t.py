@@ -83,6 +83,7 @@ def kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
     COLUMNS: tl.constexpr,  # of a program, which finds its group once
+    RUN: tl.constexpr,
     EP: tl.constexpr,
 ):
     tile = tl.program_id(1)
@@ -91,7 +92,8 @@ def kernel(
     if (tile == 0) & (tl.program_id(0) == 0):
         groups.store_padded_ends(padded_ptr, starts, ends, E, ALIGN, EP)
     t = first + index * BT + tl.arange(0, BT)
-    row = groups.source(rows_ptr, t, t < last, T)
+    run = first + index * BT + tl.arange(0, BT // RUN) * RUN
+    pointers = groups.row_pointers(x_ptr, rows_ptr, run, last, T, stride_t, RUN)
     # In units of ALIGN, to show the compiler that whole vectors are stored.
     to = (begin // ALIGN + index * (BT // ALIGN)) * ALIGN + tl.arange(0, BT)
     # Tiles past the last group write the zeros between it and TP.
@@ -100,13 +102,12 @@ def kernel(
         c = tl.program_id(0) * COLUMNS + start + tl.arange(0, BC)
         at = (group.to(tl.int64) * C + c) * AMAX_STRIDE
         amax = tl.load(amax_ptr + at, mask=(c < C) & (group < E), other=0.0)
-        live = (t < last)[:, None] & (c < C)[None, :]
-        source = row[:, None] * stride_t + c[None, :].to(tl.int64) * stride_c
-        x = tl.load(x_ptr + source, mask=live, other=0.0).to(tl.float32)
-        scaled = tl.where(live, x * fp8.encode(amax, LIMIT, POW2)[None, :], 0.0)
-        values = tl.trans(fp8.narrow(scaled, ELEMENT))  # [BC, BT]
+        x = groups.load_turned(pointers, run, last, c, C, stride_c).to(tl.float32)  # [BC, BT]
+        scaled = x * fp8.encode(amax, LIMIT, POW2)[:, None]
+        scaled = tl.where((c < C)[:, None] & (t < last)[None, :], scaled, 0.0)
         out = c[:, None].to(tl.int64) * TP + to[None, :]
-        tl.store(values_ptr + out, values, mask=(c < C)[:, None] & (to < stop)[None, :])
+        live = (c < C)[:, None] & (to < stop)[None, :]
+        tl.store(values_ptr + out, fp8.narrow(scaled, ELEMENT), mask=live)
         if tile < (E if AMAX_STRIDE else 1):  # tile e writes the scales of group e, empty or not
             at = (tile.to(tl.int64) * C + c) * AMAX_STRIDE
             amax = tl.load(amax_ptr + at, mask=c < C, other=0.0)
@@ -131,7 +132,7 @@ def launch(
     kernel[grid](
         x, amax, offs, rows, values, scales, padded, E, T, C, values.shape[1], *x.stride(),
         int(amax.dim() == 2), ALIGN, fp8.MAX[element], pow2, fp8.TRITON[element],
-        BT, BC, columns, triton.next_power_of_2(E), num_warps=4,
+        BT, BC, columns, 8, triton.next_power_of_2(E), num_warps=4,
     )  # fmt: skip
     return values, scales, padded
 

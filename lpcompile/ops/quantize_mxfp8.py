@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import amax_column, blocks, fp8, mx
+from lpcompile.ops import amax_column, blocks, fp8, micro_tile, mx, turned
 from lpcompile.ops.define import define, round_up, same_bits
 from lpcompile.ops.mx import BLOCK
 
@@ -47,7 +47,6 @@ def kernel(
     scales_ptr,
     R,
     C,
-    CP,
     stride_e,
     stride_r,
     stride_c,
@@ -59,25 +58,27 @@ def kernel(
     NATIVE: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    RUN: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     e = tl.program_id(2).to(tl.int64)
     x_ptr += e * stride_e
-    values_ptr += e * R * CP
-    scales_ptr += e * R * (CP // 32)
     r = tl.program_id(0) * BR + tl.arange(0, BR)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    at = r[:, None].to(tl.int64) * stride_r + c[None, :].to(tl.int64) * stride_c
-    live = (r < R)[:, None] & (c < C)[None, :]
-    x = tl.load(x_ptr + at, mask=live, other=0.0)
-    byte = mx.encode(blocks.tile_amax(x, ROWS, 32), LIMIT, EXPONENT, FLOOR, NATIVE)
-    scaled = blocks.tile_scaled(x.to(tl.float32), mx.encoding(byte))
-    values = fp8.narrow(tl.where(live, scaled, 0.0), ELEMENT)
-    out = r[:, None].to(tl.int64) * CP + c[None, :]
-    tl.store(values_ptr + out, values, mask=(r < R)[:, None] & (c < CP)[None, :])
-    n = tl.program_id(1) * (BC // 32) + tl.arange(0, BC // 32)
-    to = r[:, None].to(tl.int64) * (CP // 32) + n[None, :]
-    mask = (r < R)[:, None] & (n < CP // 32)[None, :]
-    tl.store(scales_ptr + to, byte.to(tl.uint8), mask=mask)
+    first = tl.program_id(1) * BC
+    x = turned.load(x_ptr, r, first, R, C, stride_r, stride_c, BC, RUN, EVEN)
+    micro_tile.store_mx(
+        x, e * R + r, r < R, first, C, values_ptr, scales_ptr,
+        LIMIT, EXPONENT, ELEMENT, FLOOR, ROWS, False, NATIVE, EVEN,
+    )  # fmt: skip
+
+
+# (transposed, shared by rows) -> tile (BR, BC), RUN, warps
+TILES = {
+    (False, False): (16, 512, 1, 4),
+    (False, True): (32, 256, 1, 4),
+    (True, False): (64, 128, 32, 4),
+    (True, True): (64, 128, 32, 4),
+}
 
 
 def fill(
@@ -86,12 +87,12 @@ def fill(
     """Run the kernel on x[..., R, C], whatever its strides, into ``made``."""
     values, scales = made
     x = fp8.stack(x)
-    (E, R, C), CP = x.shape, values.shape[-1]
-    BR, BC = blocks.tile(x, rows)
-    kernel[(triton.cdiv(R, BR), triton.cdiv(CP, BC), E)](
-        x, values, scales, R, C, CP, *x.stride(),
+    E, R, C = x.shape
+    BR, BC, run, warps = TILES[blocks.is_turned(x), rows > 1]
+    kernel[(triton.cdiv(R, BR), triton.cdiv(C, BC), E)](
+        x, values, scales, R, C, *x.stride(),
         fp8.MAX[element], mx.EXPONENT[element], fp8.TRITON[element], floor, rows,
-        blocks.runs_native(x), BR, BC, num_warps=4,
+        blocks.runs_native(x), BR, BC, run, R % BR == 0 and C % BC == 0, num_warps=warps,
     )  # fmt: skip
     return made
 

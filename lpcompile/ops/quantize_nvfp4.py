@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import amax_column, amax_tensor, blocks, fp4, fp8
+from lpcompile.ops import amax_column, amax_tensor, blocks, fp4, fp8, micro_tile, turned
 from lpcompile.ops.define import define, round_up, same_bits
 from lpcompile.ops.fp4 import ALIGN, BLOCK
 from lpcompile.ops.philox import words
@@ -31,9 +31,7 @@ def reference(x: Tensor, amax: Tensor, seed: Tensor | None, draw: int) -> tuple[
     return by_blocks(x, amax, words(seed, draw, x.shape), 1)
 
 
-def by_blocks(
-    x: Tensor, amax: Tensor, word: Tensor | None, rows: int
-) -> tuple[Tensor, Tensor]:
+def by_blocks(x: Tensor, amax: Tensor, word: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
     """x[R, C] with a scale per (rows, 16), repeated over the rows.
 
     word: the random one of every element, where rounding is stochastic.
@@ -62,50 +60,37 @@ def kernel(
     scales_ptr,
     R,
     C,
-    CP,
     stride_e,
     stride_r,
     stride_c,
     draw,
     STOCHASTIC: tl.constexpr,
+    INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     NATIVE: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    RUN: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
-    e = tl.program_id(2).to(tl.int64)
-    x_ptr += e * stride_e
-    values_ptr += e * R * (CP // 2)
-    scales_ptr += e * R * (CP // 16)
+    e = tl.program_id(2).to(INDEX)
+    x_ptr += e.to(tl.int64) * stride_e
     r = tl.program_id(0) * BR + tl.arange(0, BR)
-    start = tl.program_id(1) * BC
-    c = start + tl.arange(0, BC)
-    at = r[:, None].to(tl.int64) * stride_r + c[None, :].to(tl.int64) * stride_c
-    live = (r < R)[:, None] & (c < C)[None, :]
-    x = tl.load(x_ptr + at, mask=live, other=0.0)
-    tensor = fp4.tile_tensor_scale(tl.load(amax_ptr + e))
-    s = fp4.tile_block_scale(blocks.tile_amax(x, ROWS, 16), tensor)
-    scaled = blocks.tile_scaled(x.to(tl.float32), fp4.tile_encode_scale(s, tensor))
-    v = tl.where(live, scaled, 0.0)
-    seed = tl.load(seed_ptr) if STOCHASTIC else 0
-    first = (e * R + r[:, None]) * C  # the logical index of the row's first element
-    bytes_per_row = CP // 2
-    if NATIVE and STOCHASTIC:
-        four = start // 4 + tl.arange(0, BC // 4)
-        codes = fp4.native_stochastic(v, first + four[None, :] * 4, seed, draw)
-        out = values_ptr.to(tl.pointer_type(tl.int16)) + r[:, None].to(tl.int64) * (CP // 4)
-        tl.store(out + four[None, :], codes, mask=(r < R)[:, None] & (four < CP // 4)[None, :])
-    else:
-        if NATIVE:
-            packed = fp4.native_nearest(v)
-        else:
-            packed = fp4.tile_pack(fp4.tile_codes(v, first + c[None, :], seed, draw, STOCHASTIC))
-        two = start // 2 + tl.arange(0, BC // 2)
-        out = values_ptr + r[:, None].to(tl.int64) * bytes_per_row
-        tl.store(out + two[None, :], packed, mask=(r < R)[:, None] & (two < CP // 2)[None, :])
-    n = start // 16 + tl.arange(0, BC // 16)
-    to = scales_ptr + r[:, None].to(tl.int64) * (CP // 16)
-    tl.store(to + n[None, :], s, mask=(r < R)[:, None] & (n < CP // 16)[None, :])
+    first = tl.program_id(1) * BC
+    x = turned.load(x_ptr, r, first, R, C, stride_r, stride_c, BC, RUN, EVEN)
+    micro_tile.store_nv(
+        x, e * R + r, r < R, first, C, values_ptr, scales_ptr, amax_ptr + e, seed_ptr, draw,
+        STOCHASTIC, INDEX, ROWS, False, NATIVE, EVEN,
+    )  # fmt: skip
+
+
+# (transposed, shared by rows) -> tile (BR, BC), RUN, warps
+TILES = {
+    (False, False): (16, 512, 1, 4),
+    (False, True): (16, 512, 1, 4),
+    (True, False): (64, 128, 16, 4),
+    (True, True): (64, 128, 16, 4),
+}
 
 
 def fill(
@@ -119,13 +104,14 @@ def fill(
     """Run the kernel on x[..., R, C], whatever its strides, into ``made``."""
     values, scales = made
     x = fp8.stack(x)
-    (E, R, C), CP = x.shape, values.shape[-1] * 2
-    BR, BC = blocks.tile(x, rows)
+    E, R, C = x.shape
+    BR, BC, run, warps = TILES[blocks.is_turned(x), rows > 1]
+    index = tl.uint32 if x.numel() <= 2**32 else tl.int64
     # No multiply-add fusion: x * enc is rounded before what is subtracted from it.
-    kernel[(triton.cdiv(R, BR), triton.cdiv(CP, BC), E)](
-        x, amax, seed, values, scales, R, C, CP, *x.stride(), draw,
-        seed is not None, rows, blocks.runs_native(x), BR, BC,
-        num_warps=4, enable_fp_fusion=False,
+    kernel[(triton.cdiv(R, BR), triton.cdiv(C, BC), E)](
+        x, amax, seed, values, scales, R, C, *x.stride(), draw,
+        seed is not None, index, rows, blocks.runs_native(x), BR, BC, run,
+        R % BR == 0 and C % BC == 0, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     return made
 
