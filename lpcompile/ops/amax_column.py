@@ -77,7 +77,7 @@ def fill(x: Tensor, offs: Tensor | None, rows: Tensor | None, amax: Tensor, whol
     if not x.numel():
         return amax
     (E, T, C), num_tokens = x.shape, groups.num_tokens(x[0], rows)
-    ROWS, BT, BC, warps = 128, 32, 64, 2
+    ROWS, BT, BC, warps = 256, 16, 64, 1
     grid = (triton.cdiv(C, BC), triton.cdiv(num_tokens, ROWS), E)
     if offs is not None:
         E = offs.shape[0]

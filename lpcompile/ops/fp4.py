@@ -165,11 +165,14 @@ def tile_packed(v, index, seed, draw, STOCHASTIC: tl.constexpr, NATIVE: tl.const
     ABOVE: tl.constexpr = 254 if STOCHASTIC else 254 + (22 << 23)
     packed = tl.zeros(v[0].shape, tl.uint32)
     for i in tl.static_range(8):
+        # The sign last, where one instruction shifts it in.
         sign = v[7 - i].to(tl.uint32, bitcast=True) >> 31
         word = tile_words(seed, draw, index + (7 - i)) if STOCHASTIC else 0
-        packed = (((packed << 1) | sign) << 3) + code_above(v[7 - i], word, STOCHASTIC)
-    # What is above each code, once for all eight.
-    return (packed - (ABOVE * 0x11111111 & 0xFFFFFFFF)).to(tl.int32, bitcast=True)
+        packed = (packed << 4) + ((code_above(v[7 - i], word, STOCHASTIC) << 1) | sign)
+    # What is above each code, once for all eight; then each sign before its code.
+    packed -= ABOVE * 0x22222222 & 0xFFFFFFFF
+    packed = ((packed >> 1) & 0x77777777) | ((packed << 3) & 0x88888888)
+    return packed.to(tl.int32, bitcast=True)
 
 
 @triton.jit

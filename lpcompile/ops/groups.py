@@ -60,22 +60,25 @@ def source(rows_ptr, t, live, T):
 
 @triton.jit
 def row_pointers(x_ptr, rows_ptr, t, last, T, stride_t, RUN: tl.constexpr):
-    """Where token t[BN] + k begins, for each k < RUN: pointers [BN, 1], any from ``last`` on."""
+    """Where token t[BN] + k begins, for each k < RUN: pointers [BN, 1].
+
+    From ``last`` on the token before it, which changes no maximum of a tile that has one.
+    """
     out = ()
     for k in tl.static_range(RUN):
-        row = source(rows_ptr, t + k, t + k < last, T)
+        real = tl.maximum(tl.minimum(t + k, last - 1), 0)
+        row = source(rows_ptr, real, real < last, T)
         out = out + (x_ptr + row[:, None] * stride_t,)  # type: ignore[assignment]
     return out
 
 
 @triton.jit
-def load_turned(pointers, t, last, c, C, stride_c):
-    """Channels c[BC] of the tokens of ``row_pointers`` -> [BC, BN * RUN], zeros from ``last`` on."""
+def load_turned(pointers, c, C, stride_c, EVEN: tl.constexpr):
+    """Channels c[BC] of the tokens of ``row_pointers`` -> [BC, BN * RUN]. EVEN: all c < C."""
     rows = ()
     for k in tl.static_range(len(pointers)):
-        live = (t + k < last)[:, None] & (c < C)[None, :]
         at = pointers[k] + c[None, :].to(tl.int64) * stride_c
-        rows = rows + (tl.load(at, mask=live, other=0.0),)  # type: ignore[assignment]
+        rows = rows + (turned.read(at, (c < C)[None, :], EVEN),)  # type: ignore[assignment]
     return turned.turned(rows)
 
 

@@ -55,7 +55,7 @@ def tile_words(seed, draw, index):
     c1 = c0 * 0
     if index.dtype.primitive_bitwidth == 64:
         c1 = (index >> 32).to(tl.uint32)
-    c2 = c0 * 0 + draw
+    c2 = c0 * 0 + tl.cast(draw, tl.uint32)
     c3 = c0 * 0
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)

@@ -102,7 +102,7 @@ TILES = {
     (False, False): (32, 1, 4),
     (False, True): (BLOCK, 1, 8),
     (True, False): (64, 16, 4),
-    (True, True): (BLOCK, 16, 8),
+    (True, True): (BLOCK, 32, 8),
 }
 
 

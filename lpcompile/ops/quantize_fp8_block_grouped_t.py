@@ -70,9 +70,9 @@ def kernel(
     ELEMENT: tl.constexpr,
     BLOCK: tl.constexpr,
     BC: tl.constexpr,
-    COLUMNS: tl.constexpr,  # of a program, which finds its group once
     RUN: tl.constexpr,
     EP: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     tile = tl.program_id(1)
     starts, ends = groups.load(offs_ptr, E, EP)
@@ -85,16 +85,14 @@ def kernel(
     block = begin // BLOCK + index
     if block * BLOCK < TP:  # tiles past the last group are the padding up to TP
         to = block * BLOCK + tl.arange(0, BLOCK)
-        for start in range(0, COLUMNS, BC):
-            c = tl.program_id(0) * COLUMNS + start + tl.arange(0, BC)
-            x = groups.load_turned(pointers, run, last, c, C, stride_c)  # [BC, BLOCK]
-            scale = fp8.encode(fp8.amax(x, 1), LIMIT, POW2)
-            live = (c < C)[:, None] & (t < last)[None, :]
-            scaled = tl.where(live, x.to(tl.float32) * scale[:, None], 0.0)
-            out = c[:, None].to(tl.int64) * TP + to[None, :]
-            tl.store(values_ptr + out, fp8.narrow(scaled, ELEMENT), mask=(c < C)[:, None])
-            at = block.to(tl.int64) * C + c
-            tl.store(scales_ptr + at, fp8.decode(scale), mask=c < C)
+        c = tl.program_id(0) * BC + tl.arange(0, BC)
+        x = groups.load_turned(pointers, c, tl.where(T > 0, C, 0), stride_c, EVEN)  # [BC, BLOCK]
+        scale = fp8.encode(tl.where(group < E, fp8.amax(x, 1), 0.0), LIMIT, POW2)
+        scaled = tl.where((t < last)[None, :], x.to(tl.float32) * scale[:, None], 0.0)
+        out = c[:, None].to(tl.int64) * TP + to[None, :]
+        tl.store(values_ptr + out, fp8.narrow(scaled, ELEMENT), mask=(c < C)[:, None])
+        at = block.to(tl.int64) * C + c
+        tl.store(scales_ptr + at, fp8.decode(scale), mask=c < C)
 
 
 def launch(
@@ -104,12 +102,12 @@ def launch(
         return reference(x, offs, element, pow2, rows)
     values, scales, padded = outputs(x, offs, element, pow2, rows)
     (T, C), TP, E = x.shape, values.shape[1], offs.shape[0]
-    BC, columns = 64, 256
-    grid = (triton.cdiv(C, columns), TP // BLOCK + E)
+    BC, run = 64, 16
+    grid = (triton.cdiv(C, BC), TP // BLOCK + E)
     kernel[grid](
         x, offs, rows, values, scales, padded, E, T, C, TP, *x.stride(),
         fp8.MAX[element], pow2, fp8.TRITON[element],
-        BLOCK, BC, columns, 16, triton.next_power_of_2(E), num_warps=4,
+        BLOCK, BC, run, triton.next_power_of_2(E), C % BC == 0 and T > 0, num_warps=4,
     )  # fmt: skip
     return values, scales, padded
 

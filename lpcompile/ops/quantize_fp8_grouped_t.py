@@ -82,9 +82,9 @@ def kernel(
     ELEMENT: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
-    COLUMNS: tl.constexpr,  # of a program, which finds its group once
     RUN: tl.constexpr,
     EP: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     tile = tl.program_id(1)
     starts, ends = groups.load(offs_ptr, E, EP)
@@ -98,20 +98,19 @@ def kernel(
     to = (begin // ALIGN + index * (BT // ALIGN)) * ALIGN + tl.arange(0, BT)
     # Tiles past the last group write the zeros between it and TP.
     stop = tl.where(group < E, begin // ALIGN + tl.cdiv(last - first, ALIGN), TP // ALIGN) * ALIGN
-    for start in range(0, COLUMNS, BC):
-        c = tl.program_id(0) * COLUMNS + start + tl.arange(0, BC)
-        at = (group.to(tl.int64) * C + c) * AMAX_STRIDE
-        amax = tl.load(amax_ptr + at, mask=(c < C) & (group < E), other=0.0)
-        x = groups.load_turned(pointers, run, last, c, C, stride_c).to(tl.float32)  # [BC, BT]
-        scaled = x * fp8.encode(amax, LIMIT, POW2)[:, None]
-        scaled = tl.where((c < C)[:, None] & (t < last)[None, :], scaled, 0.0)
-        out = c[:, None].to(tl.int64) * TP + to[None, :]
-        live = (c < C)[:, None] & (to < stop)[None, :]
-        tl.store(values_ptr + out, fp8.narrow(scaled, ELEMENT), mask=live)
-        if tile < (E if AMAX_STRIDE else 1):  # tile e writes the scales of group e, empty or not
-            at = (tile.to(tl.int64) * C + c) * AMAX_STRIDE
-            amax = tl.load(amax_ptr + at, mask=c < C, other=0.0)
-            tl.store(scales_ptr + at, fp8.decode(fp8.encode(amax, LIMIT, POW2)), mask=c < C)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    x = groups.load_turned(pointers, c, tl.where(T > 0, C, 0), stride_c, EVEN)  # [BC, BT]
+    at = (group.to(tl.int64) * C + c) * AMAX_STRIDE
+    amax = tl.load(amax_ptr + at, mask=(c < C) & (group < E), other=0.0)
+    scaled = x.to(tl.float32) * fp8.encode(amax, LIMIT, POW2)[:, None]
+    scaled = tl.where((t < last)[None, :], scaled, 0.0)
+    out = c[:, None].to(tl.int64) * TP + to[None, :]
+    live = (c < C)[:, None] & (to < stop)[None, :]
+    tl.store(values_ptr + out, fp8.narrow(scaled, ELEMENT), mask=live)
+    if tile < (E if AMAX_STRIDE else 1):  # tile e writes the scales of group e, empty or not
+        at = (tile.to(tl.int64) * C + c) * AMAX_STRIDE
+        amax = tl.load(amax_ptr + at, mask=c < C, other=0.0)
+        tl.store(scales_ptr + at, fp8.decode(fp8.encode(amax, LIMIT, POW2)), mask=c < C)
 
 
 def launch(
@@ -126,13 +125,13 @@ def launch(
         return reference(x, amax, offs, element, pow2, rows)
     values, scales, padded = outputs(x, amax, offs, element, pow2, rows)
     (T, C), E = x.shape, offs.shape[0]
-    BT, BC, columns = 128, 64, 256
+    BT, BC, run = 128, 64, 8
     # As many tiles as cut any groups, and the rest of values[C, Tp] (see ``groups.locate``).
-    grid = (triton.cdiv(C, columns), triton.cdiv(values.shape[1], BT) + E)
+    grid = (triton.cdiv(C, BC), triton.cdiv(values.shape[1], BT) + E)
     kernel[grid](
         x, amax, offs, rows, values, scales, padded, E, T, C, values.shape[1], *x.stride(),
         int(amax.dim() == 2), ALIGN, fp8.MAX[element], pow2, fp8.TRITON[element],
-        BT, BC, columns, 8, triton.next_power_of_2(E), num_warps=4,
+        BT, BC, run, triton.next_power_of_2(E), C % BC == 0 and T > 0, num_warps=4,
     )  # fmt: skip
     return values, scales, padded
 

@@ -74,10 +74,10 @@ def kernel(
 
 # (transposed, shared by rows) -> tile (BR, BC), RUN, warps
 TILES = {
-    (False, False): (16, 512, 1, 4),
+    (False, False): (4, 1024, 1, 4),
     (False, True): (32, 256, 1, 4),
-    (True, False): (64, 128, 32, 4),
-    (True, True): (64, 128, 32, 4),
+    (True, False): (64, 256, 32, 8),
+    (True, True): (64, 256, 32, 8),
 }
 
 

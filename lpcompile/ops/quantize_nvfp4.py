@@ -84,13 +84,17 @@ def kernel(
     )  # fmt: skip
 
 
-# (transposed, shared by rows) -> tile (BR, BC), RUN, warps
+# (transposed, shared by rows, stochastic) -> tile (BR, BC), RUN, warps
 TILES = {
-    (False, False): (16, 512, 1, 4),
-    (False, True): (16, 512, 1, 4),
-    (True, False): (64, 128, 16, 4),
-    (True, True): (64, 128, 16, 4),
+    (False, False, False): (4, 1024, 1, 4),
+    (False, True, False): (16, 512, 1, 4),
+    (True, False, False): (64, 128, 16, 4),
+    (True, True, False): (64, 128, 16, 4),
+    (False, False, True): (4, 512, 1, 4),
+    (True, False, True): (64, 64, 16, 4),
 }
+TILES[False, True, True] = TILES[False, True, False]
+TILES[True, True, True] = TILES[True, True, False]
 
 
 def fill(
@@ -105,7 +109,7 @@ def fill(
     values, scales = made
     x = fp8.stack(x)
     E, R, C = x.shape
-    BR, BC, run, warps = TILES[blocks.is_turned(x), rows > 1]
+    BR, BC, run, warps = TILES[blocks.is_turned(x), rows > 1, seed is not None]
     index = tl.uint32 if x.numel() <= 2**32 else tl.int64
     # No multiply-add fusion: x * enc is rounded before what is subtracted from it.
     kernel[(triton.cdiv(R, BR), triton.cdiv(C, BC), E)](
