@@ -2,6 +2,8 @@
 
 An op of its own, so that it can move into the producer of x. NaN above Inf above all: maxima keep
 NaN in a program, and are of integers, by atomics, between programs. Of no rows it is 0.
+
+The kernel serves the amaxes of ragged groups too.
 """
 
 from typing import Any
@@ -11,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import fp8
+from lpcompile.ops import fp8, groups, turned
 from lpcompile.ops.define import define, same_bits
 
 
@@ -28,45 +30,68 @@ def reference(x: Tensor) -> Tensor:
 @triton.jit
 def kernel(
     x_ptr,
+    offs_ptr,
+    rows_ptr,
     amax_ptr,
-    M,
+    E,
+    T,
     C,
     stride_e,
-    stride_m,
+    stride_t,
     stride_c,
-    ROWS,
+    WHOLE: tl.constexpr,  # one amax for everything
     EVEN: tl.constexpr,
-    BM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BT: tl.constexpr,
     BC: tl.constexpr,
+    EP: tl.constexpr,
 ):
-    e = tl.program_id(2).to(tl.int64)
-    x_ptr += e * stride_e
-    amax_ptr += e * C
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    start = tl.program_id(1) * ROWS
-    best = tl.zeros([BM, BC], tl.float32)
-    for i in range(0, ROWS, BM):
-        m = start + i + tl.arange(0, BM)
-        at = x_ptr + m[:, None].to(tl.int64) * stride_m + c[None, :].to(tl.int64) * stride_c
-        if EVEN:
-            x = tl.load(at)
+    if offs_ptr is None:  # the stacked matrices are the groups
+        group, index, first, last = tl.program_id(2), tl.program_id(1), 0, T
+        x_ptr += group.to(tl.int64) * stride_e
+    else:
+        starts, ends = groups.load(offs_ptr, E, EP)
+        group, first, last, index, _ = groups.locate(tl.program_id(1), starts, ends, ROWS, 1, EP)
+    begin = first + index * ROWS
+    end = tl.minimum(begin + ROWS, last)
+    if begin < end:
+        c = tl.program_id(0) * BC + tl.arange(0, BC)
+        best = tl.zeros([BT, BC], tl.float32)
+        for start in range(begin, end, BT):
+            # Past the end the last row again, which changes no maximum and needs no mask.
+            t = tl.minimum(start + tl.arange(0, BT), end - 1)
+            row = groups.source(rows_ptr, t, t < end, T)
+            at = row[:, None] * stride_t + c[None, :].to(tl.int64) * stride_c
+            x = turned.read(x_ptr + at, (c < C)[None, :], EVEN)
+            best = fp8.larger(best, tl.abs(x.to(tl.float32)))
+        amax = fp8.amax(best, 0)
+        if WHOLE:
+            tl.atomic_max(amax_ptr, fp8.bits_of_amax(fp8.amax(amax, 0)), sem="relaxed")
         else:
-            x = tl.load(at, mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)
-        best = fp8.larger(best, tl.abs(x.to(tl.float32)))
-    bits = fp8.bits_of_amax(tl.reduce(best, 0, fp8.larger))
-    tl.atomic_max(amax_ptr + c, bits, mask=c < C, sem="relaxed")
+            to = amax_ptr + group.to(tl.int64) * C + c
+            tl.atomic_max(to, fp8.bits_of_amax(amax), mask=c < C, sem="relaxed")
+
+
+def fill(x: Tensor, offs: Tensor | None, rows: Tensor | None, amax: Tensor, whole: bool) -> Tensor:
+    """Run the kernel on x[E, M, C], or on the groups of x[1, T, C] or of x[1, rows, C]."""
+    if not x.numel():
+        return amax
+    (E, T, C), num_tokens = x.shape, groups.num_tokens(x[0], rows)
+    ROWS, BT, BC, warps = 256, 16, 64, 1
+    grid = (triton.cdiv(C, BC), triton.cdiv(num_tokens, ROWS), E)
+    if offs is not None:
+        E = offs.shape[0]
+        grid = (grid[0], grid[1] + E, 1)
+    kernel[grid](
+        x, offs, rows, amax.view(torch.int32), E, T, C, *x.stride(), whole,
+        C % BC == 0, ROWS, BT, BC, triton.next_power_of_2(E), num_warps=warps,
+    )  # fmt: skip
+    return amax
 
 
 def launch(x: Tensor) -> Tensor:
     amax = torch.zeros((*x.shape[:-2], x.shape[-1]), dtype=torch.float32, device=x.device)
-    if x.numel():
-        x = fp8.stack(x)
-        E, M, C = x.shape
-        rows, BM, BC = 256, 8, 128
-        grid = (triton.cdiv(C, BC), triton.cdiv(M, rows), E)
-        bits, even = amax.view(torch.int32), M % rows == 0 and C % BC == 0
-        kernel[grid](x, bits, M, C, *x.stride(), rows, even, BM, BC, num_warps=2)
-    return amax
+    return fill(fp8.stack(x), None, None, amax, whole=False)
 
 
 op = define("amax_column(Tensor x) -> Tensor", outputs=outputs, reference=reference, launch=launch)

@@ -1,83 +1,48 @@
 """The largest magnitude of every column of every group: x[T, C] bf16, offs[E] -> amax[E, C] fp32.
 
 Group e is x[offs[e - 1] : offs[e]]; rows past offs[-1] count nowhere, an empty group's amax is 0.
-NaN above Inf above all, as in ``amax_column``.
+NaN above Inf above all. With ``rows``, of x[rows]. Kernel: ``amax_column``.
 """
 
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import amax_column, fp8, groups
+from lpcompile.ops import amax_column, groups
 from lpcompile.ops.define import define, same_bits
 
+kernel = amax_column.kernel
+agrees = same_bits
 
-def outputs(x: Tensor, offs: Tensor) -> Tensor:
+
+def outputs(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
     return x.new_empty((offs.shape[0], x.shape[1]), dtype=torch.float32)
 
 
-def reference(x: Tensor, offs: Tensor) -> Tensor:
-    return torch.stack([amax_column.reference(x[rows]) for rows in groups.slices(offs)])
+def reference(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
+    x = groups.tokens(x, rows)
+    return torch.stack([amax_column.reference(x[group]) for group in groups.slices(offs)])
 
 
-@triton.jit
-def kernel(
-    x_ptr,
-    offs_ptr,
-    amax_ptr,
-    E,
-    C,
-    stride_t,
-    stride_c,
-    ROWS: tl.constexpr,
-    BT: tl.constexpr,
-    BC: tl.constexpr,
-    EP: tl.constexpr,
-):
-    starts, ends = groups.load(offs_ptr, E, EP)
-    group, first, last, index, _ = groups.locate(tl.program_id(1), starts, ends, ROWS, 1, EP)
-    if group < E:
-        c = tl.program_id(0) * BC + tl.arange(0, BC)
-        begin = first + index * ROWS
-        end = tl.minimum(begin + ROWS, last)
-        best = tl.zeros([BT, BC], tl.float32)
-        for start in range(begin, end, BT):
-            t = start + tl.arange(0, BT)
-            at = t[:, None].to(tl.int64) * stride_t + c[None, :].to(tl.int64) * stride_c
-            live = (t < end)[:, None] & (c < C)[None, :]
-            x = tl.load(x_ptr + at, mask=live, other=0.0)
-            best = fp8.larger(best, tl.abs(x.to(tl.float32)))
-        bits = fp8.bits_of_amax(tl.reduce(best, 0, fp8.larger))
-        tl.atomic_max(amax_ptr + group.to(tl.int64) * C + c, bits, mask=c < C, sem="relaxed")
-
-
-def launch(x: Tensor, offs: Tensor) -> Tensor:
-    (T, C), E = x.shape, offs.shape[0]
-    amax = torch.zeros((E, C), dtype=torch.float32, device=x.device)
-    if x.numel():
-        rows, BC = 256, 256
-        grid = (triton.cdiv(C, BC), triton.cdiv(T, rows) + E)
-        kernel[grid](
-            x, offs, amax.view(torch.int32), E, C, *x.stride(),
-            rows, 16, BC, triton.next_power_of_2(E), num_warps=8,
-        )  # fmt: skip
-    return amax
+def launch(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
+    amax = torch.zeros((offs.shape[0], x.shape[1]), dtype=torch.float32, device=x.device)
+    return amax_column.fill(x[None], offs, rows, amax, whole=False)
 
 
 op = define(
-    "amax_column_grouped(Tensor x, Tensor offs) -> Tensor",
+    "amax_column_grouped(Tensor x, Tensor offs, Tensor? rows=None) -> Tensor",
     outputs=outputs,
     reference=reference,
     launch=launch,
 )
-agrees = same_bits
 
 
 def samples(device: str) -> list[tuple[Any, ...]]:
-    """Groups of every kind: unequal, empty, all empty, one, many, with NaN in and past them."""
+    """Groups of every kind: unequal, empty, all empty, one, many, with NaN in and past them.
+
+    The last three are of tokens picked from a smaller tensor, and from a larger one.
+    """
 
     def of(*ends: int) -> Tensor:
         return torch.tensor(ends, device=device, dtype=torch.int32)
@@ -100,4 +65,7 @@ def samples(device: str) -> list[tuple[Any, ...]]:
         (x[1:, 1:], of(300, 301, 302)),
         (skewed, of(*range(1, 65), 1400)),
         (even * 1e-38, of(100, 256)),
+        (bad, of(40, 40, 999), torch.arange(1000, device=device) * 7 % 333),
+        (x.t(), of(5, 60), torch.arange(-70, 0, device=device, dtype=torch.int32)),
+        (even, of(0, 0), torch.arange(0, device=device)),
     ]

@@ -36,7 +36,7 @@ def kernel(x_ptr, amax_ptr, n, EVEN: tl.constexpr, PER_PROGRAM: tl.constexpr, BL
         at = start + i + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + at) if EVEN else tl.load(x_ptr + at, mask=at < n, other=0.0)
         best = fp8.larger(best, tl.abs(x.to(tl.float32)))
-    bits = fp8.bits_of_amax(tl.reduce(best, 0, fp8.larger))
+    bits = fp8.bits_of_amax(fp8.amax(best, 0))
     tl.atomic_max(amax_ptr + e, bits, sem="relaxed")
 
 
@@ -46,10 +46,10 @@ def launch(x: Tensor) -> Tensor:
     amax = torch.zeros((E,), dtype=torch.float32, device=x.device)
     if n:
         dense = x if _is_dense(x) else x.contiguous()
-        per_program, block = 32768, 2048
+        per_program, block = 16384, 16384
         grid = (triton.cdiv(n, per_program), E)
         bits, even = amax.view(torch.int32), n % per_program == 0
-        kernel[grid](dense, bits, n, even, per_program, block, num_warps=4)
+        kernel[grid](dense, bits, n, even, per_program, block, num_warps=8)
     return amax
 
 

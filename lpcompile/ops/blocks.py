@@ -34,13 +34,15 @@ def spread(scale: Tensor, size: int) -> Tensor:
     return scale.repeat_interleave(size, 1)
 
 
-def tile(x: Tensor, rows: int) -> tuple[int, int]:
-    """The tile (BR, BC) in which a quantizer reads x[R, C]: wide, or square when x is transposed.
+def stacked(made: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The values and the scales of several matrices, each stacked."""
+    values, scales = zip(*made, strict=True)
+    return torch.stack(values), torch.stack(scales)
 
-    A square tile reads and writes at least 64 elements in a row either way.
-    """
-    transposed = x.stride(0) == 1 and x.stride(1) != 1
-    return (64, 64) if transposed or rows > 1 else (16, 256)
+
+def is_turned(x: Tensor) -> bool:
+    """Whether the rows of x[..., R, C] are adjacent in memory, and its columns are not."""
+    return x.stride(-2) == 1 and x.stride(-1) != 1
 
 
 def runs_native(x: Tensor) -> bool:
@@ -53,12 +55,12 @@ def tile_amax(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
     """``shared_amax`` of a bf16 tile x[BR, BC], BR a multiple of ROWS."""
     BR: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1] // SIZE
-    bits = tl.max(tl.reshape(fp8.abs_bits(x), (BR, N, SIZE)), axis=2)
+    amax = fp8.amax(tl.reshape(x, (BR, N, SIZE)), 2)
     if ROWS > 1:
-        best = tl.max(tl.reshape(bits, (BR // ROWS, ROWS, N)), axis=1)
+        best = fp8.amax(tl.reshape(amax, (BR // ROWS, ROWS, N)), 1)
         best = tl.broadcast_to(tl.expand_dims(best, 1), (BR // ROWS, ROWS, N))
-        bits = tl.reshape(best, (BR, N))
-    return fp8.amax_of_bits(bits)
+        amax = tl.reshape(best, (BR, N))
+    return amax
 
 
 @triton.jit

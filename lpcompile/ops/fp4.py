@@ -113,73 +113,103 @@ def tile_encode_scale(s, tensor):
 
 
 @triton.jit
-def tile_codes(v, index, seed, draw, STOCHASTIC: tl.constexpr):
-    """``nearest`` or ``stochastic`` of a tile, as int32.
-
-    With 2^e the power of two at or below |v|, at least 1, grid points are 2^(e - 1) apart, and the
-    code is |v| in such steps, plus 2e. Nearest: adding 2^(e + 22) rounds to that step, in the
-    addition's own rounding. The minimum drops NaN, and so makes it 6.
-    """
-    bits = v.to(tl.int32, bitcast=True)
-    a = tl.minimum(tl.abs(v), 6.0)
-    power = tl.maximum(a.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
-    if STOCHASTIC:
-        steps = a * ((255 << 23) - power).to(tl.float32, bitcast=True)
-        whole = steps.to(tl.int32)
-        random = (tile_words(seed, draw, index) >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)
-        code = whole + (random < steps - whole.to(tl.float32)).to(tl.int32)
-    else:
-        shift = power + (22 << 23)
-        rounded = a + shift.to(tl.float32, bitcast=True)
-        code = rounded.to(tl.int32, bitcast=True) - shift
-    code += (power >> 22) - 254
-    return code | ((bits >> 28) & 8)
+def halves(v):
+    """A tuple of tiles [..., 2] -> one twice as long: their even elements, then their odd ones."""
+    even = ()
+    odd = ()
+    for k in tl.static_range(len(v)):
+        a, b = tl.split(v[k])
+        even = even + (a,)  # type: ignore[assignment]
+        odd = odd + (b,)  # type: ignore[assignment]
+    return even + odd
 
 
 @triton.jit
-def tile_pack(codes):
-    """``pack`` of a tile [BR, BC] int32 -> [BR, BC / 2] uint8."""
-    BR: tl.constexpr = codes.shape[0]
-    BC: tl.constexpr = codes.shape[1]
-    low, high = tl.split(tl.reshape(codes, (BR, BC // 2, 2)))
-    return (low | (high << 4)).to(tl.uint8)
+def eighths(x):
+    """x[BR, BC] -> a tuple of 8 tiles [BR, BC / 8], the k-th of elements 8 i + k."""
+    BR: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1] // 8
+    return halves(halves(halves((tl.reshape(x, (BR, N, 2, 2, 2)),))))
+
+
+@triton.jit
+def code_above(v, word, STOCHASTIC: tl.constexpr):
+    """The code of |v| fp32, plus ABOVE, as uint32.
+
+    With 2^e the power of two at or below |v|, at least 1, grid points are 2^(e - 1) apart, and the
+    code is |v| in such steps, plus 2e. Nearest: adding 2^(e + 22) rounds to that step, in the
+    addition's own rounding. Stochastic: in 2^-24 of a step, rounded up, which decides as the exact
+    fraction does. The minimum drops NaN, and so makes it 6.
+    """
+    a = tl.minimum(tl.abs(v), 6.0)
+    power = tl.maximum(a.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
+    if STOCHASTIC:
+        fine = (254 << 23) - power + (25 << 23)
+        steps = tl.ceil(a * fine.to(tl.float32, bitcast=True)).to(tl.int32)
+        code = (steps + 0xFFFFFF - (word >> 8).to(tl.int32) >> 24) + (power >> 22)
+    else:
+        rounded = tl.fma(power.to(tl.float32, bitcast=True), 4194304.0, a)
+        code = rounded.to(tl.int32, bitcast=True) + ((power >> 22) - power)
+    return code.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def tile_packed(v, index, seed, draw, STOCHASTIC: tl.constexpr, NATIVE: tl.constexpr):
+    """v[BR, BC] fp32 -> ``pack`` of its codes, [BR, BC / 8] int32 of eight codes each.
+
+    index[BR, BC / 8], uint32 or int64: the logical element that is the first of each word.
+    """
+    v = eighths(v)
+    if NATIVE:
+        return native_stochastic(v, index, seed, draw) if STOCHASTIC else native_nearest(v)
+    ABOVE: tl.constexpr = 254 if STOCHASTIC else 254 + (22 << 23)
+    packed = tl.zeros(v[0].shape, tl.uint32)
+    for i in tl.static_range(8):
+        # The sign last, where one instruction shifts it in.
+        sign = v[7 - i].to(tl.uint32, bitcast=True) >> 31
+        word = tile_words(seed, draw, index + (7 - i)) if STOCHASTIC else 0
+        packed = (packed << 4) + ((code_above(v[7 - i], word, STOCHASTIC) << 1) | sign)
+    # What is above each code, once for all eight; then each sign before its code.
+    packed -= ABOVE * 0x22222222 & 0xFFFFFFFF
+    packed = ((packed >> 1) & 0x77777777) | ((packed << 3) & 0x88888888)
+    return packed.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def native_nearest(v):
-    """v[BR, BC] fp32 -> [BR, BC / 2] uint8, rounded and packed by Blackwell's conversion."""
-    BR: tl.constexpr = v.shape[0]
-    BC: tl.constexpr = v.shape[1]
-    low, high = tl.split(tl.reshape(v, (BR, BC // 2, 2)))
+    """``tile_packed`` of 8 tiles, rounded and packed by Blackwell's conversion."""
     return tl.inline_asm_elementwise(
         """{
         .reg .b8 b<4>;
-        cvt.rn.satfinite.e2m1x2.f32 b0, $5, $1;
-        cvt.rn.satfinite.e2m1x2.f32 b1, $6, $2;
-        cvt.rn.satfinite.e2m1x2.f32 b2, $7, $3;
-        cvt.rn.satfinite.e2m1x2.f32 b3, $8, $4;
+        cvt.rn.satfinite.e2m1x2.f32 b0, $2, $1;
+        cvt.rn.satfinite.e2m1x2.f32 b1, $4, $3;
+        cvt.rn.satfinite.e2m1x2.f32 b2, $6, $5;
+        cvt.rn.satfinite.e2m1x2.f32 b3, $8, $7;
         mov.b32 $0, {b0, b1, b2, b3};
         }""",
-        "=r,f,f,f,f,f,f,f,f", [low, high], dtype=tl.uint8, is_pure=True, pack=4,
+        "=r,f,f,f,f,f,f,f,f", [v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]],
+        dtype=tl.int32, is_pure=True, pack=1,
     )  # fmt: skip
 
 
 @triton.jit
 def native_stochastic(v, index, seed, draw):
-    """v[BR, BC] fp32, index[BR, BC / 4] -> [BR, BC / 4] int16 of four codes each.
+    """The same, stochastically.
 
     One random word serves four elements, so the bits differ from ``stochastic``; the distribution
     does not, but for the 8 random bits that an element gets.
     """
-    BR: tl.constexpr = v.shape[0]
-    BC: tl.constexpr = v.shape[1]
-    even, odd = tl.split(tl.reshape(v, (BR, BC // 4, 2, 2)))  # of elements 0 2, and of 1 3
-    v0, v2 = tl.split(even)
-    v1, v3 = tl.split(odd)
+    low = tile_words(seed, draw, index)
+    high = tile_words(seed, draw, index + 4)
     return tl.inline_asm_elementwise(
-        "cvt.rs.satfinite.e2m1x4.f32 $0, {$4, $3, $2, $1}, $5;",
-        "=h,f,f,f,f,r", [v0, v1, v2, v3, tile_words(seed, draw, index)],
-        dtype=tl.int16, is_pure=True, pack=1,
+        """{
+        .reg .b16 h<2>;
+        cvt.rs.satfinite.e2m1x4.f32 h0, {$4, $3, $2, $1}, $9;
+        cvt.rs.satfinite.e2m1x4.f32 h1, {$8, $7, $6, $5}, $10;
+        mov.b32 $0, {h0, h1};
+        }""",
+        "=r,f,f,f,f,f,f,f,f,r,r", [v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], low, high],
+        dtype=tl.int32, is_pure=True, pack=1,
     )  # fmt: skip
 
 

@@ -63,22 +63,15 @@ def runs_triton(x: Tensor) -> bool:
 
 
 @triton.jit
-def abs_bits(x):
-    """|x| bf16 as int32 whose order is the magnitude's, Inf above all and the one NaN above Inf."""
-    bits = (x.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32)
-    return tl.where(bits > 0x7F80, 0x7FC0, bits)
-
-
-@triton.jit
-def amax_of_bits(bits):
-    """An integer maximum of ``abs_bits`` as the fp32 it stands for."""
-    return (bits << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def larger(a, b):
     """The larger, NaN if either is: one instruction, where ``tl.max`` drops NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def amax(x, axis: tl.constexpr):
+    """The largest magnitude along an axis of a tile, fp32."""
+    return tl.reduce(tl.abs(x.to(tl.float32)), axis, larger)
 
 
 @triton.jit

@@ -31,9 +31,10 @@ from lpcompile.ops import (
 )
 from lpcompile.ops.define import define, round_up, same_bits
 from lpcompile.ops.micro_source import E4M3, Form, parse_form
+from lpcompile.ops.philox import words
 
 # (blocks of x or of x.T, shared by one row) -> rows or runs, and columns, of a tile; 4 warps.
-TILES = {(True, True): (16, 256), (True, False): (64, 64), (False, True): (2, 128)}
+TILES = {(True, True): (16, 256), (True, False): (32, 256), (False, True): (4, 64)}
 TILES[False, False] = TILES[False, True]
 
 
@@ -72,10 +73,8 @@ def reference(
         if form.size == 32:
             values, scales = quantize_mxfp8.by_blocks(x, form.rows, E4M3, form.how == "floor")
         else:
-            key = None if form.draw is None else seed
-            values, scales = quantize_nvfp4.by_blocks(
-                x, next(given), key, form.draw or 0, form.rows
-            )
+            word = None if form.draw is None else words(seed, form.draw, x.shape)
+            values, scales = quantize_nvfp4.by_blocks(x, next(given), word, form.rows)
         made += [values, swizzle.reference(scales) if form.swizzled else scales]
     return made
 
@@ -85,9 +84,9 @@ def _transformed(x: Tensor) -> Tensor:
 
 
 @cache
-def kernel(program: str, forms: tuple[str, ...], even: bool) -> Any:
+def kernel(program: str, forms: tuple[str, ...], even: bool, index: str = "tl.uint32") -> Any:
     """The generated kernel."""
-    return PyCodeCache.load(micro_source.cast_source(program, forms, even)).kernel
+    return PyCodeCache.load(micro_source.cast_source(program, forms, even, index)).kernel
 
 
 def launch(
@@ -117,7 +116,8 @@ def launch(
         if any(parsed[i].draw is not None for i in mine):
             tensors.append(seed)  # type: ignore[arg-type]
         grid = (triton.cdiv(C, BC), triton.cdiv(M, BM * run))
-        kernel(program, tuple(forms[i] for i in mine), even)[grid](
+        index = "tl.uint32" if full.numel() <= 2**32 else "tl.int64"
+        kernel(program, tuple(forms[i] for i in mine), even, index)[grid](
             *whole, *tensors, M, C, BM, BC, native, even, num_warps=4, enable_fp_fusion=False
         )
     return made

@@ -2,6 +2,9 @@
 
 offs[E] int32 are cumulative ends; they never come to the host. Rows past offs[-1] are in no group.
 
+Tokens may be rows that are picked from a smaller tensor: token t is x[rows[t]], and the kernels that
+take ``rows`` gather as they read, so that what is gathered never lies in memory.
+
 An operand that is contracted along tokens lies with each group's rows, as columns, at a multiple of
 ``align``, zeros after them: values[C, Tp]. Where the groups lie there is ``offs_padded[E]``. Tp is
 round_up(T, align) + E * align, enough for any groups of T rows, so that no shape depends on data.
@@ -15,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lpcompile.ops import turned
 from lpcompile.ops.define import round_up
 
 
@@ -32,6 +36,50 @@ def padded_ends(offs: Tensor, align: int) -> Tensor:
 def slices(offs: Tensor) -> list[slice]:
     """Every group's rows. For references: it waits for the device."""
     return [slice(start, end) for start, end in itertools.pairwise([0, *offs.tolist()])]
+
+
+def num_tokens(x: Tensor, rows: Tensor | None) -> Any:
+    """How many tokens x[T, C] is, or x[rows]."""
+    return (x if rows is None else rows).shape[0]
+
+
+def tokens(x: Tensor, rows: Tensor | None) -> Tensor:
+    """x[T, C], or x[rows]. For references."""
+    return x if rows is None else x[rows]
+
+
+@triton.jit
+def source(rows_ptr, t, live, T):
+    """The rows of x[T, C] that tokens t are: they themselves where ``rows_ptr`` is None."""
+    t = t.to(tl.int64)
+    if rows_ptr is not None:
+        t = tl.load(rows_ptr + t, mask=live, other=0).to(tl.int64)
+        t = tl.where(t < 0, t + T, t)  # counted from the end
+    return t
+
+
+@triton.jit
+def row_pointers(x_ptr, rows_ptr, t, last, T, stride_t, RUN: tl.constexpr):
+    """Where token t[BN] + k begins, for each k < RUN: pointers [BN, 1].
+
+    From ``last`` on the token before it, which changes no maximum of a tile that has one.
+    """
+    out = ()
+    for k in tl.static_range(RUN):
+        real = tl.maximum(tl.minimum(t + k, last - 1), 0)
+        row = source(rows_ptr, real, real < last, T)
+        out = out + (x_ptr + row[:, None] * stride_t,)  # type: ignore[assignment]
+    return out
+
+
+@triton.jit
+def load_turned(pointers, c, C, stride_c, EVEN: tl.constexpr):
+    """Channels c[BC] of the tokens of ``row_pointers`` -> [BC, BN * RUN]. EVEN: all c < C."""
+    rows = ()
+    for k in tl.static_range(len(pointers)):
+        at = pointers[k] + c[None, :].to(tl.int64) * stride_c
+        rows = rows + (turned.read(at, (c < C)[None, :], EVEN),)  # type: ignore[assignment]
+    return turned.turned(rows)
 
 
 @triton.jit

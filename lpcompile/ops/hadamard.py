@@ -2,8 +2,8 @@
 
     y[c, 16 i + j] = sum_k  x[16 i + k, c] * s[k] * H[k, j] / 4
 
-Mp is M rounded up to 16; rows past M count as zeros. ``signs`` is the mask of negative s[k], bit k
-for row k. Both operands of wgrad get it along tokens, where it cancels: (R a).(R b) = a.b. The sum
+Mp is M rounded up to 16; rows past M count as zeros. Of x[E, M, C], a stack, y[E, C, Mp].
+``signs`` is the mask of negative s[k], bit k for row k. Both operands of wgrad get it along tokens, where it cancels: (R a).(R b) = a.b. The sum
 is the fp32 butterfly of strides 1, 2, 4, 8, rounded once. Source: arXiv 2509.25149, section 3.3.
 """
 
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import amax_column
+from lpcompile.ops import amax_column, fp8, turned
 from lpcompile.ops.define import define, round_up, same_bits
 
 RUN = 16
@@ -22,20 +22,21 @@ NAN = 0x7FC0  # one bf16 NaN on every device
 
 
 def outputs(x: Tensor, signs: int) -> Tensor:
-    return x.new_empty((x.shape[1], round_up(x.shape[0], RUN)), dtype=torch.bfloat16)
+    *experts, M, C = x.shape
+    return x.new_empty((*experts, C, round_up(M, RUN)), dtype=torch.bfloat16)
 
 
 def reference(x: Tensor, signs: int) -> Tensor:
-    M, C = x.shape
-    whole = torch.nn.functional.pad(x.t(), (0, round_up(M, RUN) - M)).float()
+    M = x.shape[-2]
+    whole = torch.nn.functional.pad(x.mT, (0, round_up(M, RUN) - M)).float()
     negative = torch.tensor([signs >> k & 1 for k in range(RUN)], device=x.device).bool()
-    runs = whole.unflatten(1, (-1, RUN)) if M else whole.view(C, 0, RUN)
-    runs = torch.where(negative, -runs, runs)  # [C, n, 16]
+    runs = whole.view(*whole.shape[:-1], whole.shape[-1] // RUN, RUN)
+    runs = torch.where(negative, -runs, runs)  # [..., C, n, 16]
     for stride in (1, 2, 4, 8):
-        pairs = runs.unflatten(2, (-1, 2, stride))
-        a, b = pairs.unbind(3)
-        runs = torch.stack([a + b, a - b], dim=3).flatten(2)
-    y = (runs / 4).flatten(1).bfloat16()
+        pairs = runs.unflatten(-1, (-1, 2, stride))
+        a, b = pairs.unbind(-2)
+        runs = torch.stack([a + b, a - b], dim=-2).flatten(-3)
+    y = (runs / 4).flatten(-2).bfloat16()
     return torch.where(y.isnan(), torch.nan, y)
 
 
@@ -60,53 +61,49 @@ def transform(v):
 
 
 @triton.jit
-def joined(v, HALF: tl.constexpr):
-    """Tensors k and k + HALF of a tuple of 2 HALF joined, along a new last dimension."""
-    out = ()
-    for k in tl.static_range(HALF):
-        out = out + (tl.join(v[k], v[k + HALF]),)  # type: ignore[assignment]
-    return out
+def signed(x, k: tl.constexpr, SIGNS: tl.constexpr):
+    """x bf16 -> fp32, negated where bit k of the signs is set."""
+    wide = x.to(tl.float32)
+    return wide * -1.0 if (SIGNS >> k) & 1 else wide  # not -x, which is 0 - x and loses -0
 
 
 @triton.jit
-def interleaved(v):
-    """A tuple of 16 tensors [BC, BN] -> [BC, BN * 16], the tuple's index fastest."""
-    y = joined(joined(joined(joined(v, 8), 4), 2), 1)[0]  # [BC, BN, 2, 2, 2, 2]
-    BC: tl.constexpr = y.shape[0]
-    BN: tl.constexpr = y.shape[1]
-    return tl.reshape(y, (BC, BN * 16))
+def transformed(rows, SIGNS: tl.constexpr):
+    """The transform of a tuple of 16 tiles bf16, with signs, fp32."""
+    v = ()
+    for k in tl.static_range(16):
+        v = v + (signed(rows[k], k, SIGNS),)  # type: ignore[assignment]
+    return transform(v)
 
 
 @triton.jit
 def kernel(
-    x_ptr, y_ptr, M, C, MP, stride_m, stride_c,
-    SIGNS: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+    x_ptr, y_ptr, M, C, MP, stride_e, stride_m, stride_c,
+    SIGNS: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
+    e = tl.program_id(2).to(tl.int64)
+    x_ptr += e * stride_e
+    y_ptr += e * C * MP
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    start = tl.program_id(0) * (BN * 16)
-    run = start + tl.arange(0, BN) * 16
-    rows = ()
-    for k in tl.static_range(16):
-        m = run + k
-        at = c[:, None].to(tl.int64) * stride_c + m[None, :].to(tl.int64) * stride_m
-        live = (c < C)[:, None] & (m < M)[None, :]
-        x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-        x = x * -1.0 if (SIGNS >> k) & 1 else x  # not -x, which is 0 - x and loses -0
-        rows = rows + (x,)  # type: ignore[assignment]
-    y = interleaved(transform(rows))
+    first = tl.program_id(0) * BM
+    run = first + tl.arange(0, BM // 16) * 16
+    rows = turned.rows(x_ptr, c, run, C, M, stride_c, stride_m, 16, EVEN)
+    y = turned.turned(transformed(rows, SIGNS))
     bits = y.to(tl.bfloat16).to(tl.int16, bitcast=True)
     bits = tl.where(y == y, bits, 0x7FC0)
-    out = start + tl.arange(0, BN * 16)
-    to = y_ptr + c[:, None].to(tl.int64) * MP + out[None, :]
-    tl.store(to, bits, mask=(c < C)[:, None] & (out < MP)[None, :])
+    m = first + tl.arange(0, BM)
+    to = y_ptr + c[:, None].to(tl.int64) * MP + m[None, :]
+    turned.write(to, bits, (c < C)[:, None] & (m < MP)[None, :], EVEN)
 
 
 def fill(x: Tensor, signs: int, y: Tensor) -> Tensor:
-    """Run the kernel on x[M, C], whatever its strides, into y[C, Mp]."""
-    (M, C), MP = x.shape, y.shape[1]
-    BC, BN = 64, 4
-    kernel[(triton.cdiv(MP, BN * RUN), triton.cdiv(C, BC))](
-        x, y.view(torch.int16), M, C, MP, *x.stride(), signs, BC, BN, num_warps=4
+    """Run the kernel on x[..., M, C], whatever its strides, into y[..., C, Mp]."""
+    x = fp8.stack(x)
+    (E, M, C), MP = x.shape, y.shape[-1]
+    BC, BM = 128, 64
+    even = M % BM == 0 and C % BC == 0
+    kernel[(triton.cdiv(MP, BM), triton.cdiv(C, BC), E)](
+        x, y.view(torch.int16), M, C, MP, *x.stride(), signs, BC, BM, even, num_warps=4
     )
     return y
 
@@ -131,7 +128,8 @@ def samples(device: str) -> list[tuple[Any, ...]]:
     powers = torch.arange(-133, 128, device=device)[:, None]
     spread = torch.randn(261, 48, device=device, dtype=torch.bfloat16).clamp(-1.9, 1.9)
     spread = torch.ldexp(spread.double(), powers).to(torch.bfloat16)
-    inputs = [large, large.t(), large * 1e-38, large[:5], spread, spread.t()]
+    experts = torch.randn(3, 41, 83, device=device, dtype=torch.bfloat16)
+    inputs = [large, large.t(), large * 1e-38, large[:5], spread, spread.t(), experts, experts.mT]
     cases = [(x, SIGNS) for x in (*inputs, *amax_column.matrices(device))]
     return [*cases, (large, 0), (large, 0xFFFF), (large, 1)]
 

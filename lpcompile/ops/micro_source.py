@@ -7,6 +7,7 @@ Generated: the producer, and which forms are made of its results. What narrows a
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from string import ascii_lowercase
 
 import torch
 
@@ -62,10 +63,11 @@ def parse_form(text: str) -> Form:
     return Form(int(result), way, int(rows), how, layout == "swizzled")
 
 
-def cast_source(program: str, forms: tuple[str, ...], even: bool) -> str:
+def cast_source(program: str, forms: tuple[str, ...], even: bool, index: str) -> str:
     """A module with a ``kernel`` of forms that are all of x, or all of x.T in blocks of one size.
 
     even: M and C are multiples of every tile, so that nothing is masked or padded.
+    index: the Triton integer that holds the index of every element.
     """
     named, parsed = pointwise.parse(program), [parse_form(f) for f in forms]
     pointers = fused_source._pointers(named)
@@ -77,17 +79,19 @@ def cast_source(program: str, forms: tuple[str, ...], even: bool) -> str:
     if parsed[0].way == "n":
         body += [
             "m = tl.program_id(1) * BM + tl.arange(0, BM)",
-            "first = tl.zeros([BM], tl.int32) + tl.program_id(0) * BC",
+            "first = tl.program_id(0) * BC",
             f"x = {_produce(named, 'm')}",
         ]
-        body += [_store(i, form, f"x[{form.result}]") for i, form in enumerate(parsed)]
+        body += [_store(i, form, f"x[{form.result}]", index) for i, form in enumerate(parsed)]
     else:
-        body.append(f"run = (tl.program_id(1) * BM + tl.arange(0, BM)) * {parsed[0].size}")
-        body.append("row, first = micro_tile.run_rows(run, c)")
-        body += _rows(named, {f.amax or f"tensor{f.result}" for f in parsed}, parsed[0].size)
+        size = parsed[0].size
+        body.append(f"first = tl.program_id(1) * (BM * {size})")
+        body.append(f"run = first + tl.arange(0, BM) * {size}")
+        body += _rows(named, {f.amax or f"tensor{f.result}" for f in parsed}, size)
         for i, form in enumerate(parsed):
             tile = f"{'hadamard' if form.way == 'h' else 'tensor'}{form.result}"
-            body.append(_store(i, form, tile))
+            tile = f"turned.turned({tile}).to(tl.bfloat16)"
+            body.append(_store(i, form, tile, index))
     return _module(program, forms, named, [*pointers, "M", "C"], body, even)
 
 
@@ -97,21 +101,18 @@ def amax_source(program: str, wants: tuple[str, ...], even: bool) -> str:
     loop = [
         "run = tl.program_id(1) * ROWS + i + tl.arange(0, BM) * 16",
         *_rows(named, set(wants), 16),
-        *(
-            f"best_{want} = tl.maximum(best_{want}, tl.max(fp8.abs_bits({want}), axis=1))"
-            for want in wants
-        ),
+        *(f"best_{want} = micro_tile.largest({want}, best_{want})" for want in wants),
     ]
     body = [
         "c = tl.program_id(0) * BC + tl.arange(0, BC)",
-        *(f"best_{want} = tl.zeros([BM * BC], tl.int32)" for want in wants),
+        *(f"best_{want} = tl.zeros([BM, BC], tl.float32)" for want in wants),
         "for i in range(0, ROWS, BM * 16):",
         *(f"    {line}" for line in loop),
     ]
     for want in wants:
         body += [
-            f"{want} = fp8.amax_of_bits(tl.max(best_{want}, axis=0))",
-            f'tl.atomic_max({want}_ptr, {want}.to(tl.int32, bitcast=True), sem="relaxed")',
+            f"{want} = fp8.bits_of_amax(fp8.amax(fp8.amax(best_{want}, 1), 0))",
+            f'tl.atomic_max({want}_ptr, {want}, sem="relaxed")',
         ]
     pointers = [*fused_source._pointers(named), *(f"{want}_ptr" for want in wants)]
     return _module(program, wants, named, [*pointers, "M", "C", "ROWS: tl.constexpr"], body, even)
@@ -119,19 +120,12 @@ def amax_source(program: str, wants: tuple[str, ...], even: bool) -> str:
 
 def _rows(program: pointwise.Program, wants: set[str], size: int) -> list[str]:
     """Lines that make, under the names wanted, runs of x.T: as they are, or transformed."""
-    plain = sorted(w for w in wants if w.startswith("tensor"))
-    rotated = sorted(w for w in wants if w.startswith("hadamard"))
-    lines = [f"rows_{want} = ()" for want in plain + rotated]
+    lines = [f"{want} = ()" for want in sorted(wants)]
     lines += [f"for k in tl.static_range({size}):", f"    x = {_produce(program, 'run + k')}"]
-    for want in plain:
-        lines.append(f"    rows_{want} = rows_{want} + (x[{want.removeprefix('tensor')}],)")
-    for want in rotated:
-        x = f"micro_tile.signed(x[{want.removeprefix('hadamard')}], k, {hadamard.SIGNS})"
-        lines.append(f"    rows_{want} = rows_{want} + ({x},)")
-    lines += [f"{want} = micro_tile.runs(rows_{want})" for want in plain]
-    for want in rotated:
-        runs = f"micro_tile.runs(hadamard.transform(rows_{want}))"
-        lines.append(f"{want} = {runs}.to(tl.bfloat16)")
+    for want in sorted(wants):
+        lines.append(f"    {want} = {want} + (x[{want.lstrip(ascii_lowercase)}],)")
+    for want in sorted(w for w in wants if w.startswith("hadamard")):
+        lines.append(f"{want} = hadamard.transformed({want}, {hadamard.SIGNS})")
     return lines
 
 
@@ -139,22 +133,22 @@ def _produce(program: pointwise.Program, m: str) -> str:
     return f"produce({', '.join(fused_source._pointers(program))}, {m}, c, M, C)"
 
 
-def _store(i: int, form: Form, tile: str) -> str:
+def _store(i: int, form: Form, tile: str, index: str) -> str:
     """A call that narrows a tile, with the size of the operand that it is in."""
     # Runs past the last row are of zeros, but those of the transform are of what it makes of them.
     size = {
-        "n": "m, first, M, C",
-        "t": "row, first, C, M",
-        "h": "row, first, C, (M + 15) // 16 * 16",
+        "n": "m, m < M, first, C",
+        "t": "c, c < C, first, M",
+        "h": "c, c < C, first, (M + 15) // 16 * 16",
     }
     common = f"{tile}, {size[form.way]}, q{i}_ptr, s{i}_ptr"
     last = f"{form.rows}, {form.swizzled}, NATIVE, EVEN"
     if form.size == 32:
         limit, exponent = fp8.MAX[E4M3], mx.EXPONENT[E4M3]
-        floor = form.how == "floor"
-        return f"micro_tile.store_mx({common}, {limit}, {exponent}, {floor}, {last})"
+        how = f"{limit}, {exponent}, tl.float8e4nv, {form.how == 'floor'}"
+        return f"micro_tile.store_mx({common}, {how}, {last})"
     seed = "None, 0, False" if form.draw is None else f"seed_ptr, {form.draw}, True"
-    return f"micro_tile.store_nv({common}, a{i}_ptr, {seed}, {last})"
+    return f"micro_tile.store_nv({common}, a{i}_ptr, {seed}, {index}, {last})"
 
 
 def _module(
@@ -167,7 +161,7 @@ def _module(
 ) -> str:
     doc = '"""' + program + "\n\n" + "\n".join(wanted) + '\n"""'
     imports = "import triton\nimport triton.language as tl\n\n"
-    imports += "from lpcompile.ops import fp8, hadamard, micro_tile"
+    imports += "from lpcompile.ops import fp8, hadamard, micro_tile, turned"
     tiles = (fused_source._live(f"f_{r}", even) for r in named.results)
     results = "".join(f"({tile}).to(tl.bfloat16), " for tile in tiles)
     tile = [*fused_source._tile(named, even, True), f"return ({results})"]

@@ -2,9 +2,12 @@
 
     word = the first word of Philox(key = seed, counter = (index, index >> 32, draw, 0))
 
-``index`` is the logical element, r * C + c of the operand [R, C] that is quantized, so that a draw
-depends on no launch grid, no tile and no device; ``draw`` tells apart the ops that share a seed.
+``index`` is the logical element, r * C + c of the operand [R, C] that is quantized (of a stack, after
+those of the matrices before), so that a draw depends on no launch grid, no tile and no device; ``draw`` tells apart the ops that share a seed.
 """
+
+from collections.abc import Sequence
+from math import prod
 
 import torch
 import triton
@@ -30,18 +33,39 @@ def philox(seed: Tensor, counter: tuple[Tensor | int, Tensor | int, int, int]) -
     return [c0, c1, c2, c3]
 
 
-def words(seed: Tensor, draw: int, shape: tuple[int, int]) -> Tensor:
-    """The word of every element of an operand of that shape -> [R, C] int64."""
-    index = torch.arange(shape[0] * shape[1], device=seed.device).view(shape)
+def words(seed: Tensor | None, draw: int, shape: Sequence[int]) -> Tensor | None:
+    """The word of every element of an operand of that shape, int64; None without a seed."""
+    if seed is None:
+        return None
+    index = torch.arange(prod(shape), device=seed.device).view(*shape)
     return philox(seed, (index & MASK, index >> 32, draw, 0))[0]
 
 
 @triton.jit
+def product(a, M: tl.constexpr):
+    """The halves of uint32 a * M, upper first: one instruction, where ``tl.philox`` has two."""
+    wide = a.to(tl.uint64) * M
+    return (wide >> 32).to(tl.uint32), wide.to(tl.uint32)
+
+
+@triton.jit
 def tile_words(seed, draw, index):
-    """``words`` of a tile: seed int64, index[...] int64 -> uint32."""
-    low = index.to(tl.uint32)
-    zero = low * 0
-    word, _, _, _ = tl.philox(
-        seed.to(tl.uint64, bitcast=True), low, (index >> 32).to(tl.uint32), zero + draw, zero
-    )
-    return word
+    """``words`` of a tile: seed int64, index[...] uint32, or int64 -> uint32."""
+    c0 = index.to(tl.uint32)
+    c1 = c0 * 0
+    if index.dtype.primitive_bitwidth == 64:
+        c1 = (index >> 32).to(tl.uint32)
+    c2 = c0 * 0 + tl.cast(draw, tl.uint32)
+    c3 = c0 * 0
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        high0, low0 = product(c0, 0xD2511F53)
+        high1, low1 = product(c2, 0xCD9E8D57)
+        c0 = high1 ^ c1 ^ k0
+        c2 = high0 ^ c3 ^ k1
+        c1 = low1
+        c3 = low0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import amax_column, fp8
+from lpcompile.ops import amax_column, blocks, fp8, turned
 from lpcompile.ops.define import ALIGN, define, round_up, same_bits
 
 BLOCK = 128
@@ -24,8 +24,8 @@ BLOCK = 128
 def outputs(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
     *experts, R, C = x.shape
     values = x.new_empty((*experts, R, round_up(C, ALIGN)), dtype=element)
-    blocks = (*experts, round_up(C, BLOCK) // BLOCK, R)
-    return values, x.new_empty(blocks, dtype=torch.float32).mT
+    shape = (*experts, round_up(C, BLOCK) // BLOCK, R)
+    return values, x.new_empty(shape, dtype=torch.float32).mT
 
 
 def reference(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
@@ -38,13 +38,13 @@ def by_blocks(x: Tensor, rows: int, element: torch.dtype, pow2: bool) -> tuple[T
     *experts, R, C = x.shape
     whole = x.new_zeros((*experts, round_up(R, rows), round_up(C, BLOCK)))
     whole[..., :R, :C] = x
-    blocks = whole.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, rows))  # [R / rows, rows, n, 128]
+    cut = whole.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, rows))  # [R / rows, rows, n, 128]
     if x.numel():
-        amax = blocks.abs().amax((-3, -1)).float()  # [R / rows, n]
+        amax = cut.abs().amax((-3, -1)).float()  # [R / rows, n]
     else:
-        amax = whole.new_zeros((*experts, blocks.shape[-4], blocks.shape[-2])).float()
+        amax = whole.new_zeros((*experts, cut.shape[-4], cut.shape[-2])).float()
     scale = fp8.encode_scale(amax, element, pow2)
-    values = fp8.cast(blocks, scale[..., None, :, None], element).flatten(-2).flatten(-3, -2)
+    values = fp8.cast(cut, scale[..., None, :, None], element).flatten(-2).flatten(-3, -2)
     return fp8.pad_columns(values[..., :R, :C], round_up(C, ALIGN)), fp8.decode_scale(scale)
 
 
@@ -68,27 +68,42 @@ def kernel(
     SQUARE: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    RUN: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
-    e = tl.program_id(2).to(tl.int64)
+    e = tl.program_id(1).to(tl.int64)
     x_ptr += e * stride_e
-    values_ptr += e * R * CP
-    r = tl.program_id(1) * BR + tl.arange(0, BR)
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    at = r[:, None].to(tl.int64) * stride_r + c[None, :].to(tl.int64) * stride_c
-    live = (r < R)[:, None] & (c < C)[None, :]
-    x = tl.load(x_ptr + at, mask=live, other=0.0)
-    bits = tl.max(fp8.abs_bits(x), axis=1)  # [BR]
+    # Along the dimension that is adjacent in memory first.
+    tile = tl.program_id(0)
+    if RUN == 1:
+        across, down = tile % tl.cdiv(C, BC), tile // tl.cdiv(C, BC)
+    else:
+        across, down = tile // tl.cdiv(R, BR), tile % tl.cdiv(R, BR)
+    r = down * BR + tl.arange(0, BR)
+    c = across * BC + tl.arange(0, BC)
+    x = turned.load(x_ptr, r, across * BC, R, C, stride_r, stride_c, BC, RUN, EVEN)
+    amax = fp8.amax(x, 1)  # [BR]
     if SQUARE:
-        bits = tl.zeros_like(bits) + tl.max(bits, axis=0)
-    scale = fp8.encode(fp8.amax_of_bits(bits), LIMIT, POW2)
-    scaled = tl.where(live, x.to(tl.float32) * scale[:, None], 0.0)
-    values = fp8.narrow(scaled, ELEMENT)
-    out = r[:, None].to(tl.int64) * CP + c[None, :]
-    tl.store(values_ptr + out, values, mask=(r < R)[:, None] & (c < CP)[None, :])
-    row = tl.program_id(1) + tl.zeros_like(r) if SQUARE else r  # every lane writes a square's
-    to = e * scales_stride_e + row * scales_stride_r
-    to += tl.program_id(0).to(tl.int64) * scales_stride_c
+        amax = tl.zeros_like(amax) + fp8.amax(amax, 0)
+    scale = fp8.encode(amax, LIMIT, POW2)
+    scaled = x.to(tl.float32) * scale[:, None]
+    if not EVEN:  # padding stays zero under a NaN scale too
+        scaled = tl.where((r < R)[:, None] & (c < C)[None, :], scaled, 0.0)
+    at = values_ptr + (e * R + r)[:, None] * CP + c[None, :]
+    live = (r < R)[:, None] & (c < CP)[None, :]
+    turned.write(at, fp8.narrow(scaled, ELEMENT), live, EVEN)
+    row = down + tl.zeros_like(r) if SQUARE else r  # every lane writes a square's
+    to = e * scales_stride_e + row * scales_stride_r + across.to(tl.int64) * scales_stride_c
     tl.store(scales_ptr + to, fp8.decode(scale), mask=r < R)
+
+
+# (transposed, shared by rows) -> BR, RUN, warps
+TILES = {
+    (False, False): (32, 1, 4),
+    (False, True): (BLOCK, 1, 8),
+    (True, False): (64, 16, 4),
+    (True, True): (BLOCK, 32, 8),
+}
 
 
 def fill(
@@ -98,11 +113,11 @@ def fill(
     values, scales = made
     x = fp8.stack(x)
     (E, R, C), CP = x.shape, values.shape[-1]
-    BR = BLOCK if square else 32
-    kernel[(triton.cdiv(C, BLOCK), triton.cdiv(R, BR), E)](
+    BR, run, warps = TILES[blocks.is_turned(x), square]
+    kernel[(triton.cdiv(C, BLOCK) * triton.cdiv(R, BR), E)](
         x, values, scales, R, C, CP, *x.stride(), *fp8.stack(scales).stride(),
-        fp8.MAX[element], pow2, fp8.TRITON[element], square, BR, BLOCK,
-        num_warps=8 if square else 4,
+        fp8.MAX[element], pow2, fp8.TRITON[element], square, BR, BLOCK, run,
+        R % BR == 0 and C % BLOCK == 0, num_warps=warps,
     )  # fmt: skip
     return made
 

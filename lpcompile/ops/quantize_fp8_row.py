@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import fp8
+from lpcompile.ops import blocks, fp8, turned
 from lpcompile.ops.define import ALIGN, define, round_up, same_bits
 
 
@@ -45,40 +45,38 @@ def kernel(
     ELEMENT: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    RUN: tl.constexpr,
     ONE_READ: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     e = tl.program_id(1).to(tl.int64)
     x_ptr += e * stride_e
-    values_ptr += e * R * CP
-    scales_ptr += e * R
     r = tl.program_id(0) * BR + tl.arange(0, BR)
-    at = x_ptr + r[:, None].to(tl.int64) * stride_r
-    out = values_ptr + r[:, None].to(tl.int64) * CP
+    out = values_ptr + (e * R + r)[:, None] * CP
     if ONE_READ:
-        c = tl.arange(0, BC)
-        live = (r < R)[:, None] & (c < C)[None, :]
-        x = tl.load(at + c[None, :].to(tl.int64) * stride_c, mask=live, other=0.0)
-        amax = fp8.amax_of_bits(tl.max(fp8.abs_bits(x), axis=1))
-        scale = fp8.encode(amax, LIMIT, POW2)
-        scaled = tl.where(live, x.to(tl.float32) * scale[:, None], 0.0)
-        values = fp8.narrow(scaled, ELEMENT)
-        tl.store(out + c[None, :], values, mask=(r < R)[:, None] & (c < CP)[None, :])
+        x = turned.load(x_ptr, r, 0, R, C, stride_r, stride_c, BC, RUN, EVEN)
+        scale = fp8.encode(fp8.amax(x, 1), LIMIT, POW2)
+        store(x, scale, out, r, tl.arange(0, BC), R, C, CP, ELEMENT, EVEN)
     else:
-        best = tl.zeros([BR, BC], tl.int32)
-        for start in range(0, C, BC):
-            c = start + tl.arange(0, BC)
-            live = (r < R)[:, None] & (c < C)[None, :]
-            x = tl.load(at + c[None, :].to(tl.int64) * stride_c, mask=live, other=0.0)
-            best = tl.maximum(best, fp8.abs_bits(x))
-        scale = fp8.encode(fp8.amax_of_bits(tl.max(best, axis=1)), LIMIT, POW2)
-        for start in range(0, CP, BC):
-            c = start + tl.arange(0, BC)
-            live = (r < R)[:, None] & (c < C)[None, :]
-            x = tl.load(at + c[None, :].to(tl.int64) * stride_c, mask=live, other=0.0)
-            scaled = tl.where(live, x.to(tl.float32) * scale[:, None], 0.0)
-            values = fp8.narrow(scaled, ELEMENT)
-            tl.store(out + c[None, :], values, mask=(r < R)[:, None] & (c < CP)[None, :])
-    tl.store(scales_ptr + r, fp8.decode(scale), mask=r < R)
+        best = tl.zeros([BR, BC], tl.float32)
+        for first in range(0, C, BC):
+            x = turned.load(x_ptr, r, first, R, C, stride_r, stride_c, BC, RUN, EVEN)
+            best = fp8.larger(best, tl.abs(x.to(tl.float32)))
+        scale = fp8.encode(fp8.amax(best, 1), LIMIT, POW2)
+        for first in range(0, CP, BC):
+            x = turned.load(x_ptr, r, first, R, C, stride_r, stride_c, BC, RUN, EVEN)
+            store(x, scale, out, r, first + tl.arange(0, BC), R, C, CP, ELEMENT, EVEN)
+    tl.store(scales_ptr + e * R + r, fp8.decode(scale), mask=r < R)
+
+
+@triton.jit
+def store(x, scale, out, r, c, R, C, CP, ELEMENT: tl.constexpr, EVEN: tl.constexpr):
+    """x[BR, BC] times scale[BR], cast, in columns c of rows r, which begin at out[BR, 1]."""
+    scaled = x.to(tl.float32) * scale[:, None]
+    if not EVEN:  # padding stays zero under a NaN scale too
+        scaled = tl.where((r < R)[:, None] & (c < C)[None, :], scaled, 0.0)
+    live = (r < R)[:, None] & (c < CP)[None, :]
+    turned.write(out + c[None, :], fp8.narrow(scaled, ELEMENT), live, EVEN)
 
 
 def launch(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
@@ -88,16 +86,17 @@ def launch(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]
     experts = fp8.stack(x)
     (E, R, C), CP = experts.shape, values.shape[-1]
     whole = triton.next_power_of_2(CP)
-    if x.stride(-2) == 1 and x.stride(-1) != 1:  # a transposed view: many rows, to read along them
-        BR, BC, one_read, warps = 64, 64, whole <= 64, 4
+    if blocks.is_turned(x):
+        BR, BC, run, one_read, warps = 64, 128, 8, whole <= 128, 4
     elif whole <= 32768:
-        BR, BC, one_read = max(1, 1024 // whole), whole, True
+        BR, BC, run, one_read = max(1, 1024 // whole), whole, 1, True
         warps = min(16, max(4, whole // 1024))
     else:
-        BR, BC, one_read, warps = 1, 8192, False, 8
+        BR, BC, run, one_read, warps = 1, 8192, 1, False, 8
     kernel[(triton.cdiv(R, BR), E)](
         experts, values, scales, R, C, CP, *experts.stride(),
-        fp8.MAX[element], pow2, fp8.TRITON[element], BR, BC, one_read, num_warps=warps,
+        fp8.MAX[element], pow2, fp8.TRITON[element], BR, BC, run, one_read,
+        R % BR == 0 and C % BC == 0, num_warps=warps,
     )  # fmt: skip
     return values, scales
 

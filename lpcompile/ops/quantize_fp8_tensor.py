@@ -3,6 +3,9 @@
 Of x[E, R, C], an expert weight, under amax[E]: values[E, R, Cp] and scale[E].
 Cp is C rounded up to 16, and the padding is zero: FP8 GEMMs read rows that start at multiples of
 16 bytes. The amax comes from ``amax_tensor``. Arithmetic: ``lpcompile.ops.fp8``.
+
+The kernel serves every quantizer under an amax that is given: strides say what is transposed, and
+whether there is one amax or one for each row.
 """
 
 from typing import Any
@@ -12,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import amax_tensor, fp8
+from lpcompile.ops import amax_tensor, blocks, fp8, turned
 from lpcompile.ops.define import ALIGN, define, round_up, same_bits
 
 
@@ -27,57 +30,80 @@ def reference(x: Tensor, amax: Tensor, element: torch.dtype, pow2: bool) -> tupl
     return fp8.pad_columns(values, round_up(x.shape[-1], ALIGN)), fp8.decode_scale(scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def kernel(
     x_ptr,
     amax_ptr,
     values_ptr,
-    scale_ptr,
+    scales_ptr,
     R,
     C,
     CP,
     stride_e,
     stride_r,
     stride_c,
+    PER_ROW: tl.constexpr,  # one amax for each row
     LIMIT: tl.constexpr,
     POW2: tl.constexpr,
     ELEMENT: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    RUN: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
-    e = tl.program_id(2).to(tl.int64)
+    e = tl.program_id(1).to(tl.int64)
     x_ptr += e * stride_e
-    values_ptr += e * R * CP
-    r = tl.program_id(1) * BR + tl.arange(0, BR)
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    scale = fp8.encode(tl.load(amax_ptr + e), LIMIT, POW2)
-    at = r[:, None].to(tl.int64) * stride_r + c[None, :].to(tl.int64) * stride_c
-    live = (r < R)[:, None] & (c < C)[None, :]
-    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-    # Padding stays zero under a NaN scale too.
-    values = fp8.narrow(tl.where(live, x * scale, 0.0), ELEMENT)
-    out = r[:, None].to(tl.int64) * CP + c[None, :]
-    tl.store(values_ptr + out, values, mask=(r < R)[:, None] & (c < CP)[None, :])
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(scale_ptr + e, fp8.decode(scale))
+    # Along the dimension that is adjacent in memory first.
+    tile = tl.program_id(0)
+    if RUN == 1:
+        across, down = tile % tl.cdiv(CP, BC), tile // tl.cdiv(CP, BC)
+    else:
+        across, down = tile // tl.cdiv(R, BR), tile % tl.cdiv(R, BR)
+    r = down * BR + tl.arange(0, BR)
+    c = across * BC + tl.arange(0, BC)
+    x = turned.load(x_ptr, r, across * BC, R, C, stride_r, stride_c, BC, RUN, EVEN)
+    if PER_ROW:
+        of = e * R + r
+        scale = fp8.encode(turned.read(amax_ptr + of, r < R, EVEN), LIMIT, POW2)
+        scaled = x.to(tl.float32) * scale[:, None]
+    else:
+        of = e + tl.zeros_like(r)
+        scale = fp8.encode(tl.load(amax_ptr + e), LIMIT, POW2)
+        scaled = x.to(tl.float32) * scale
+        scale = scale + tl.zeros([BR], tl.float32)
+    if not EVEN:  # padding stays zero under a NaN scale too
+        scaled = tl.where((r < R)[:, None] & (c < C)[None, :], scaled, 0.0)
+    at = values_ptr + (e * R + r)[:, None] * CP + c[None, :]
+    live = (r < R)[:, None] & (c < CP)[None, :]
+    turned.write(at, fp8.narrow(scaled, ELEMENT), live, EVEN)
+    if across == 0:
+        tl.store(scales_ptr + of, fp8.decode(scale), mask=r < R)
+
+
+def fill(
+    x: Tensor, amax: Tensor, made: tuple[Tensor, Tensor], element: torch.dtype, pow2: bool
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel on x[..., R, C], whatever its strides, under one amax, or one for each row."""
+    values, scales = made
+    x = fp8.stack(x)
+    (E, R, C), CP = x.shape, values.shape[-1]
+    if blocks.is_turned(x):
+        BR, BC, run, warps = 64, 128, 8, 4
+    else:
+        BC = min(triton.next_power_of_2(CP), 256)
+        BR, run, warps = 4096 // BC, 1, 4
+    kernel[(triton.cdiv(CP, BC) * triton.cdiv(R, BR), E)](
+        x, amax, values, scales, R, C, CP, *x.stride(), scales.numel() == E * R,
+        fp8.MAX[element], pow2, fp8.TRITON[element], BR, BC, run,
+        R % BR == 0 and C % BC == 0, num_warps=warps,
+    )  # fmt: skip
+    return made
 
 
 def launch(x: Tensor, amax: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
     if not fp8.runs_triton(x) or not x.numel():
         return reference(x, amax, element, pow2)
-    values, scale = outputs(x, amax, element, pow2)
-    x = fp8.stack(x)
-    (E, R, C), CP = x.shape, values.shape[-1]
-    if x.stride(1) == 1 and x.stride(2) != 1:  # a transposed view: tiles, to read along columns
-        BR, BC = 64, 64
-    else:
-        BC = min(triton.next_power_of_2(CP), 1024)
-        BR = 4096 // BC
-    kernel[(triton.cdiv(CP, BC), triton.cdiv(R, BR), E)](
-        x, amax, values, scale, R, C, CP, *x.stride(),
-        fp8.MAX[element], pow2, fp8.TRITON[element], BR, BC, num_warps=4,
-    )  # fmt: skip
-    return values, scale
+    return fill(x, amax, outputs(x, amax, element, pow2), element, pow2)
 
 
 op = define(

@@ -1,8 +1,8 @@
 """Quantize to MXFP8: x[R, C] bf16 -> values[R, Cp] e4m3, scales[R, Cp / 32] e8m0 as uint8.
 
-One scale per 1x32. Cp is C rounded up to 32, and the padding is zero. Arithmetic:
-``lpcompile.ops.mx``. The kernel serves the four MXFP8 quantizers: strides say what is transposed,
-ROWS what shares.
+One scale per 1x32. Cp is C rounded up to 32, and the padding is zero. Of x[E, R, C], a stack, every
+matrix alone. Arithmetic: ``lpcompile.ops.mx``. The kernel serves the four MXFP8 quantizers: strides
+say what is transposed, ROWS what shares.
 """
 
 from typing import Any
@@ -12,14 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import amax_column, blocks, fp8, mx
+from lpcompile.ops import amax_column, blocks, fp8, micro_tile, mx, turned
 from lpcompile.ops.define import define, round_up, same_bits
 from lpcompile.ops.mx import BLOCK
 
 
 def outputs(x: Tensor, element: torch.dtype, floor: bool) -> tuple[Tensor, Tensor]:
-    R, CP = x.shape[0], round_up(x.shape[1], BLOCK)
-    return x.new_empty((R, CP), dtype=element), x.new_empty((R, CP // BLOCK), dtype=torch.uint8)
+    *rows, C = x.shape
+    CP = round_up(C, BLOCK)
+    scales = x.new_empty((*rows, CP // BLOCK), dtype=torch.uint8)
+    return x.new_empty((*rows, CP), dtype=element), scales
 
 
 def reference(x: Tensor, element: torch.dtype, floor: bool) -> tuple[Tensor, Tensor]:
@@ -28,6 +30,8 @@ def reference(x: Tensor, element: torch.dtype, floor: bool) -> tuple[Tensor, Ten
 
 def by_blocks(x: Tensor, rows: int, element: torch.dtype, floor: bool) -> tuple[Tensor, Tensor]:
     """x[R, C] with a scale per (rows, 32), repeated over the rows."""
+    if x.dim() == 3:
+        return blocks.stacked([by_blocks(one, rows, element, floor) for one in x])
     R, C = x.shape
     whole = blocks.padded(x, round_up(C, BLOCK))
     byte = mx.scale_byte(blocks.shared_amax(whole, rows, BLOCK), element, floor)
@@ -43,7 +47,7 @@ def kernel(
     scales_ptr,
     R,
     C,
-    CP,
+    stride_e,
     stride_r,
     stride_c,
     LIMIT: tl.constexpr,
@@ -54,34 +58,41 @@ def kernel(
     NATIVE: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    RUN: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
+    e = tl.program_id(2).to(tl.int64)
+    x_ptr += e * stride_e
     r = tl.program_id(0) * BR + tl.arange(0, BR)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    at = r[:, None].to(tl.int64) * stride_r + c[None, :].to(tl.int64) * stride_c
-    live = (r < R)[:, None] & (c < C)[None, :]
-    x = tl.load(x_ptr + at, mask=live, other=0.0)
-    byte = mx.encode(blocks.tile_amax(x, ROWS, 32), LIMIT, EXPONENT, FLOOR, NATIVE)
-    scaled = blocks.tile_scaled(x.to(tl.float32), mx.encoding(byte))
-    values = fp8.narrow(tl.where(live, scaled, 0.0), ELEMENT)
-    out = r[:, None].to(tl.int64) * CP + c[None, :]
-    tl.store(values_ptr + out, values, mask=(r < R)[:, None] & (c < CP)[None, :])
-    n = tl.program_id(1) * (BC // 32) + tl.arange(0, BC // 32)
-    to = r[:, None].to(tl.int64) * (CP // 32) + n[None, :]
-    mask = (r < R)[:, None] & (n < CP // 32)[None, :]
-    tl.store(scales_ptr + to, byte.to(tl.uint8), mask=mask)
+    first = tl.program_id(1) * BC
+    x = turned.load(x_ptr, r, first, R, C, stride_r, stride_c, BC, RUN, EVEN)
+    micro_tile.store_mx(
+        x, e * R + r, r < R, first, C, values_ptr, scales_ptr,
+        LIMIT, EXPONENT, ELEMENT, FLOOR, ROWS, False, NATIVE, EVEN,
+    )  # fmt: skip
+
+
+# (transposed, shared by rows) -> tile (BR, BC), RUN, warps
+TILES = {
+    (False, False): (4, 1024, 1, 4),
+    (False, True): (32, 256, 1, 4),
+    (True, False): (64, 256, 32, 8),
+    (True, True): (64, 256, 32, 8),
+}
 
 
 def fill(
     x: Tensor, made: tuple[Tensor, Tensor], element: torch.dtype, floor: bool, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel on x[R, C], whatever its strides, into ``made``."""
+    """Run the kernel on x[..., R, C], whatever its strides, into ``made``."""
     values, scales = made
-    (R, C), CP = x.shape, values.shape[1]
-    BR, BC = blocks.tile(x, rows)
-    kernel[(triton.cdiv(R, BR), triton.cdiv(CP, BC))](
-        x, values, scales, R, C, CP, *x.stride(),
+    x = fp8.stack(x)
+    E, R, C = x.shape
+    BR, BC, run, warps = TILES[blocks.is_turned(x), rows > 1]
+    kernel[(triton.cdiv(R, BR), triton.cdiv(C, BC), E)](
+        x, values, scales, R, C, *x.stride(),
         fp8.MAX[element], mx.EXPONENT[element], fp8.TRITON[element], floor, rows,
-        blocks.runs_native(x), BR, BC, num_warps=4,
+        blocks.runs_native(x), BR, BC, run, R % BR == 0 and C % BC == 0, num_warps=warps,
     )  # fmt: skip
     return made
 
@@ -108,7 +119,8 @@ def samples(device: str) -> list[tuple[Any, ...]]:
     spread = torch.randn(261, 64, device=device, dtype=torch.bfloat16).clamp(-1.9, 1.9)
     powers = torch.arange(-133, 128, device=device)[:, None]
     spread = torch.ldexp(spread.double(), powers).to(torch.bfloat16)
-    inputs = [large, large.t(), spread, spread.t()]
+    experts = torch.randn(3, 41, 83, device=device, dtype=torch.bfloat16)
+    inputs = [large, large.t(), spread, spread.t(), experts, experts.mT]
     return [
         (x, element, floor)
         for x in (*inputs, *amax_column.matrices(device))

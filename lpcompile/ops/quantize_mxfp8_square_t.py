@@ -17,17 +17,17 @@ agrees = same_bits
 
 
 def outputs(x: Tensor, element: torch.dtype, floor: bool) -> tuple[Tensor, Tensor]:
-    return quantize_mxfp8.outputs(x.t(), element, floor)
+    return quantize_mxfp8.outputs(x.mT, element, floor)
 
 
 def reference(x: Tensor, element: torch.dtype, floor: bool) -> tuple[Tensor, Tensor]:
-    return quantize_mxfp8.by_blocks(x.t(), BLOCK, element, floor)
+    return quantize_mxfp8.by_blocks(x.mT, BLOCK, element, floor)
 
 
 def launch(x: Tensor, element: torch.dtype, floor: bool) -> tuple[Tensor, Tensor]:
     if not fp8.runs_triton(x) or not x.numel():
         return reference(x, element, floor)
-    return quantize_mxfp8.fill(x.t(), outputs(x, element, floor), element, floor, rows=BLOCK)
+    return quantize_mxfp8.fill(x.mT, outputs(x, element, floor), element, floor, rows=BLOCK)
 
 
 op = define(

@@ -1,7 +1,7 @@
 """Quantize x.T to MXFP8: x[M, C] bf16 -> values[C, Mp] e4m3, scales[C, Mp / 32] e8m0 as uint8.
 
 One scale per 32 tokens of a column: what wgrad reads of dY and X. Mp is M rounded up to 32, and
-the padding is zero. Kernel: ``quantize_mxfp8``, on the transposed strides.
+the padding is zero. Of a stack, every matrix alone. Kernel: ``quantize_mxfp8``, on the transposed strides.
 """
 
 import torch
@@ -16,17 +16,17 @@ agrees = same_bits
 
 
 def outputs(x: Tensor, element: torch.dtype, floor: bool) -> tuple[Tensor, Tensor]:
-    return quantize_mxfp8.outputs(x.t(), element, floor)
+    return quantize_mxfp8.outputs(x.mT, element, floor)
 
 
 def reference(x: Tensor, element: torch.dtype, floor: bool) -> tuple[Tensor, Tensor]:
-    return quantize_mxfp8.by_blocks(x.t(), 1, element, floor)
+    return quantize_mxfp8.by_blocks(x.mT, 1, element, floor)
 
 
 def launch(x: Tensor, element: torch.dtype, floor: bool) -> tuple[Tensor, Tensor]:
     if not fp8.runs_triton(x) or not x.numel():
         return reference(x, element, floor)
-    return quantize_mxfp8.fill(x.t(), outputs(x, element, floor), element, floor, rows=1)
+    return quantize_mxfp8.fill(x.mT, outputs(x, element, floor), element, floor, rows=1)
 
 
 op = define(

@@ -2,8 +2,9 @@
 
 One scale per 1x16 under that of the tensor, whose amax comes from ``amax_tensor``. Cp is C rounded
 up to 32, and the padding is zero. With a seed[1] int64 rounding is stochastic, and ``draw`` tells
-apart the ops that share the seed; without one it is to nearest. Arithmetic: ``lpcompile.ops.fp4``.
-The kernel serves the four NVFP4 quantizers: strides say what is transposed, ROWS what shares.
+apart the ops that share the seed; without one it is to nearest. Of x[E, R, C], a stack, and
+amax[E], every matrix alone. Arithmetic: ``lpcompile.ops.fp4``. The kernel serves the four NVFP4
+quantizers: strides say what is transposed, ROWS what shares.
 """
 
 from typing import Any
@@ -13,37 +14,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import amax_column, amax_tensor, blocks, fp4, fp8
+from lpcompile.ops import amax_column, amax_tensor, blocks, fp4, fp8, micro_tile, turned
 from lpcompile.ops.define import define, round_up, same_bits
 from lpcompile.ops.fp4 import ALIGN, BLOCK
 from lpcompile.ops.philox import words
 
 
 def outputs(x: Tensor, amax: Tensor, seed: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
-    R, CP = x.shape[0], round_up(x.shape[1], ALIGN)
-    scales = x.new_empty((R, CP // BLOCK), dtype=torch.float8_e4m3fn)
-    return x.new_empty((R, CP // 2), dtype=torch.uint8), scales
+    *rows, C = x.shape
+    CP = round_up(C, ALIGN)
+    scales = x.new_empty((*rows, CP // BLOCK), dtype=torch.float8_e4m3fn)
+    return x.new_empty((*rows, CP // 2), dtype=torch.uint8), scales
 
 
 def reference(x: Tensor, amax: Tensor, seed: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
-    return by_blocks(x, amax, seed, draw, 1)
+    return by_blocks(x, amax, words(seed, draw, x.shape), 1)
 
 
-def by_blocks(
-    x: Tensor, amax: Tensor, seed: Tensor | None, draw: int, rows: int
-) -> tuple[Tensor, Tensor]:
-    """x[R, C] with a scale per (rows, 16), repeated over the rows."""
-    R, C = x.shape
+def by_blocks(x: Tensor, amax: Tensor, word: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
+    """x[R, C] with a scale per (rows, 16), repeated over the rows.
+
+    word: the random one of every element, where rounding is stochastic.
+    """
+    if x.dim() == 3:
+        each = zip(x, amax, [None] * len(x) if word is None else word, strict=True)
+        return blocks.stacked([by_blocks(one, a, w, rows) for one, a, w in each])
+    C = x.shape[1]
     whole = blocks.padded(x, round_up(C, ALIGN))
     tensor = fp4.tensor_scale(amax)
     s = fp4.block_scale(blocks.shared_amax(whole, rows, BLOCK), tensor)
     v = whole.float() * blocks.spread(fp4.encode_scale(s, tensor), BLOCK)
     v[:, C:] = 0  # under a NaN scale too
-    if seed is None:
-        codes = fp4.nearest(v)
-    else:
-        codes = fp4.nearest(v)
-        codes[:, :C] = fp4.stochastic(v[:, :C], words(seed, draw, (R, C)))
+    codes = fp4.nearest(v)
+    if word is not None:
+        codes[:, :C] = fp4.stochastic(v[:, :C], word)
     return fp4.pack(codes).contiguous(), s.contiguous()
 
 
@@ -56,45 +60,41 @@ def kernel(
     scales_ptr,
     R,
     C,
-    CP,
+    stride_e,
     stride_r,
     stride_c,
     draw,
     STOCHASTIC: tl.constexpr,
+    INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     NATIVE: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    RUN: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
+    e = tl.program_id(2).to(INDEX)
+    x_ptr += e.to(tl.int64) * stride_e
     r = tl.program_id(0) * BR + tl.arange(0, BR)
-    start = tl.program_id(1) * BC
-    c = start + tl.arange(0, BC)
-    at = r[:, None].to(tl.int64) * stride_r + c[None, :].to(tl.int64) * stride_c
-    live = (r < R)[:, None] & (c < C)[None, :]
-    x = tl.load(x_ptr + at, mask=live, other=0.0)
-    tensor = fp4.tile_tensor_scale(tl.load(amax_ptr))
-    s = fp4.tile_block_scale(blocks.tile_amax(x, ROWS, 16), tensor)
-    scaled = blocks.tile_scaled(x.to(tl.float32), fp4.tile_encode_scale(s, tensor))
-    v = tl.where(live, scaled, 0.0)
-    seed = tl.load(seed_ptr) if STOCHASTIC else 0
-    first = r[:, None].to(tl.int64) * C  # the logical index of the row's first element
-    bytes_per_row = CP // 2
-    if NATIVE and STOCHASTIC:
-        four = start // 4 + tl.arange(0, BC // 4)
-        codes = fp4.native_stochastic(v, first + four[None, :] * 4, seed, draw)
-        out = values_ptr.to(tl.pointer_type(tl.int16)) + r[:, None].to(tl.int64) * (CP // 4)
-        tl.store(out + four[None, :], codes, mask=(r < R)[:, None] & (four < CP // 4)[None, :])
-    else:
-        if NATIVE:
-            packed = fp4.native_nearest(v)
-        else:
-            packed = fp4.tile_pack(fp4.tile_codes(v, first + c[None, :], seed, draw, STOCHASTIC))
-        two = start // 2 + tl.arange(0, BC // 2)
-        out = values_ptr + r[:, None].to(tl.int64) * bytes_per_row
-        tl.store(out + two[None, :], packed, mask=(r < R)[:, None] & (two < CP // 2)[None, :])
-    n = start // 16 + tl.arange(0, BC // 16)
-    to = scales_ptr + r[:, None].to(tl.int64) * (CP // 16)
-    tl.store(to + n[None, :], s, mask=(r < R)[:, None] & (n < CP // 16)[None, :])
+    first = tl.program_id(1) * BC
+    x = turned.load(x_ptr, r, first, R, C, stride_r, stride_c, BC, RUN, EVEN)
+    micro_tile.store_nv(
+        x, e * R + r, r < R, first, C, values_ptr, scales_ptr, amax_ptr + e, seed_ptr, draw,
+        STOCHASTIC, INDEX, ROWS, False, NATIVE, EVEN,
+    )  # fmt: skip
+
+
+# (transposed, shared by rows, stochastic) -> tile (BR, BC), RUN, warps
+TILES = {
+    (False, False, False): (4, 1024, 1, 4),
+    (False, True, False): (16, 512, 1, 4),
+    (True, False, False): (64, 128, 16, 4),
+    (True, True, False): (64, 128, 16, 4),
+    (False, False, True): (4, 512, 1, 4),
+    (True, False, True): (64, 64, 16, 4),
+}
+TILES[False, True, True] = TILES[False, True, False]
+TILES[True, True, True] = TILES[True, True, False]
 
 
 def fill(
@@ -105,15 +105,17 @@ def fill(
     made: tuple[Tensor, Tensor],
     rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel on x[R, C], whatever its strides, into ``made``."""
+    """Run the kernel on x[..., R, C], whatever its strides, into ``made``."""
     values, scales = made
-    (R, C), CP = x.shape, values.shape[1] * 2
-    BR, BC = blocks.tile(x, rows)
+    x = fp8.stack(x)
+    E, R, C = x.shape
+    BR, BC, run, warps = TILES[blocks.is_turned(x), rows > 1, seed is not None]
+    index = tl.uint32 if x.numel() <= 2**32 else tl.int64
     # No multiply-add fusion: x * enc is rounded before what is subtracted from it.
-    kernel[(triton.cdiv(R, BR), triton.cdiv(CP, BC))](
-        x, amax, seed, values, scales, R, C, CP, *x.stride(), draw,
-        seed is not None, rows, blocks.runs_native(x), BR, BC,
-        num_warps=4, enable_fp_fusion=False,
+    kernel[(triton.cdiv(R, BR), triton.cdiv(C, BC), E)](
+        x, amax, seed, values, scales, R, C, *x.stride(), draw,
+        seed is not None, index, rows, blocks.runs_native(x), BR, BC, run,
+        R % BR == 0 and C % BC == 0, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     return made
 
@@ -140,7 +142,9 @@ def samples(device: str) -> list[tuple[Any, ...]]:
     spread = torch.randn(261, 48, device=device, dtype=torch.bfloat16).clamp(-1.9, 1.9)
     spread = torch.ldexp(spread.double(), powers).to(torch.bfloat16)
     ties = (torch.arange(-48, 48, device=device) / 8).to(torch.bfloat16).expand(16, 96)
+    experts = torch.randn(3, 41, 83, device=device, dtype=torch.bfloat16)
     inputs = [large, large.t(), spread, spread.t(), ties, large * 1e-38, large * 1e36]
+    inputs += [experts, experts.mT]
     cases = [
         (x, amax_tensor.reference(x), s, draw)
         for x in (*inputs, *amax_column.matrices(device))

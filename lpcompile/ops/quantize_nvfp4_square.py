@@ -9,6 +9,7 @@ from torch import Tensor
 from lpcompile.ops import fp8, quantize_nvfp4
 from lpcompile.ops.define import define, same_bits
 from lpcompile.ops.fp4 import BLOCK
+from lpcompile.ops.philox import words
 
 kernel = quantize_nvfp4.kernel
 samples = quantize_nvfp4.samples
@@ -20,7 +21,7 @@ def outputs(x: Tensor, amax: Tensor, seed: Tensor | None, draw: int) -> tuple[Te
 
 
 def reference(x: Tensor, amax: Tensor, seed: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
-    return quantize_nvfp4.by_blocks(x, amax, seed, draw, BLOCK)
+    return quantize_nvfp4.by_blocks(x, amax, words(seed, draw, x.shape), BLOCK)
 
 
 def launch(x: Tensor, amax: Tensor, seed: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lpcompile.ops import fp8, quantize_nvfp4
 from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.philox import words
 
 kernel = quantize_nvfp4.kernel
 samples = quantize_nvfp4.samples
@@ -15,18 +16,18 @@ agrees = same_bits
 
 
 def outputs(x: Tensor, amax: Tensor, seed: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
-    return quantize_nvfp4.outputs(x.t(), amax, seed, draw)
+    return quantize_nvfp4.outputs(x.mT, amax, seed, draw)
 
 
 def reference(x: Tensor, amax: Tensor, seed: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
-    return quantize_nvfp4.by_blocks(x.t(), amax, seed, draw, 1)
+    return quantize_nvfp4.by_blocks(x.mT, amax, words(seed, draw, x.mT.shape), 1)
 
 
 def launch(x: Tensor, amax: Tensor, seed: Tensor | None, draw: int) -> tuple[Tensor, Tensor]:
     if not fp8.runs_triton(x) or not x.numel():
         return reference(x, amax, seed, draw)
     made = outputs(x, amax, seed, draw)
-    return quantize_nvfp4.fill(x.t(), amax, seed, draw, made, rows=1)
+    return quantize_nvfp4.fill(x.mT, amax, seed, draw, made, rows=1)
 
 
 op = define(

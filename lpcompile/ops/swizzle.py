@@ -51,23 +51,27 @@ def offset(r, c, columns):
 
 
 @triton.jit
-def kernel(scales_ptr, flat_ptr, R, C, CP, stride_e, stride_r, stride_c, SIZE, BLOCK: tl.constexpr):
-    # By bytes of the output, which are written in order: 8 tiles read 32 bytes of each row.
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.program_id(1).to(tl.int64)
-    tile = at // 512
-    byte = (at % 512).to(tl.int32)
-    r = (tile // (CP // 4)) * 128 + row_in_tile(byte)
-    c = (tile % (CP // 4)) * 4 + byte % 4
-    source = scales_ptr + expert * stride_e + r * stride_r + c * stride_c
-    scale = tl.load(source, mask=(r < R) & (c < C), other=0)
-    tl.store(flat_ptr + expert * SIZE + at, scale, mask=at < SIZE)
+def tiles_of(scales):
+    """scales[128, BC] bytes -> flat[BC / 4 * 512]: the tiles of a strip, in a kernel."""
+    N: tl.constexpr = scales.shape[1] // 4
+    cut = tl.reshape(scales, (4, 32, N, 4))
+    return tl.reshape(tl.permute(cut, (2, 1, 0, 3)), (N * 512,))
 
 
 @triton.jit
-def row_in_tile(byte):
-    """The row of a tile's byte, 0 .. 511."""
-    return byte % 16 // 4 * 32 + byte // 16
+def kernel(
+    scales_ptr, flat_ptr, R, C, CP, stride_e, stride_r, stride_c, SIZE, BC: tl.constexpr
+):  # fmt: skip
+    expert, strip = tl.program_id(1).to(tl.int64), tl.program_id(0) // tl.cdiv(CP, BC)
+    first = tl.program_id(0) % tl.cdiv(CP, BC) * BC
+    r = strip * 128 + tl.arange(0, 128)
+    c = first + tl.arange(0, BC)
+    at = r[:, None].to(tl.int64) * stride_r + c[None, :].to(tl.int64) * stride_c
+    live = (r < R)[:, None] & (c < C)[None, :]
+    scales = tl.load(scales_ptr + expert * stride_e + at, mask=live, other=0)
+    byte = first * 128 + tl.arange(0, BC * 128)
+    to = flat_ptr + expert * SIZE + strip.to(tl.int64) * CP * 128
+    tl.store(to + byte, tiles_of(scales), mask=byte < CP * 128)
 
 
 def launch(scales: Tensor) -> Tensor:
@@ -78,10 +82,10 @@ def fill(scales: Tensor, flat: Tensor) -> Tensor:
     """Run the kernel on scales[E, R, C], each expert's tiles after the last's."""
     E, R, C = scales.shape
     if flat.numel():
-        size = flat.numel() // E
-        kernel[(triton.cdiv(size, 4096), E)](
-            scales.view(torch.uint8), flat.view(torch.uint8), R, C, round_up(C, COLUMNS),
-            *scales.stride(), size, 4096, num_warps=4,
+        CP, BC = round_up(C, COLUMNS), 32
+        kernel[(triton.cdiv(R, ROWS) * triton.cdiv(CP, BC), E)](
+            scales.view(torch.uint8), flat.view(torch.uint8), R, C, CP,
+            *scales.stride(), flat.numel() // E, BC, num_warps=4,
         )  # fmt: skip
     return flat
 

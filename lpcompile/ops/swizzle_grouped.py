@@ -37,30 +37,28 @@ def reference(scales: Tensor, offs: Tensor) -> Tensor:
 
 @triton.jit
 def kernel(
-    scales_ptr, offs_ptr, flat_ptr, E, C, CP, stride_t, stride_c, EP: tl.constexpr,
+    scales_ptr, offs_ptr, flat_ptr, E, C, CP, stride_t, stride_c,
+    BC: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
-    # A program writes 8 tiles side by side.
     starts, ends = groups.load(offs_ptr, E, EP)
-    strip = tl.program_id(0)
+    strip, column = tl.program_id(0), tl.program_id(1) * BC
     _, first, last, index, _ = groups.locate(strip, starts, ends, 128, 128, EP)
-    at = tl.arange(0, 4096)
-    byte = at % 512
-    tile = tl.program_id(1) * 8 + at // 512
-    t = first + index * 128 + swizzle.row_in_tile(byte)
-    c = tile * 4 + byte % 4
-    source = scales_ptr + t.to(tl.int64) * stride_t + c.to(tl.int64) * stride_c
-    scale = tl.load(source, mask=(t < last) & (c < C), other=0)
-    to = (strip.to(tl.int64) * (CP // 4) + tile) * 512 + byte
-    tl.store(flat_ptr + to, scale, mask=tile < CP // 4)
+    t = first + index * 128 + tl.arange(0, 128)
+    c = column + tl.arange(0, BC)
+    at = t[:, None].to(tl.int64) * stride_t + c[None, :].to(tl.int64) * stride_c
+    scales = tl.load(scales_ptr + at, mask=(t < last)[:, None] & (c < C)[None, :], other=0)
+    byte = column * 128 + tl.arange(0, BC * 128)
+    to = flat_ptr + strip.to(tl.int64) * CP * 128
+    tl.store(to + byte, swizzle.tiles_of(scales), mask=byte < CP * 128)
 
 
 def launch(scales: Tensor, offs: Tensor) -> Tensor:
     flat = outputs(scales, offs)
     if flat.numel():
-        (TP, CP), E = flat.shape, offs.shape[0]
-        kernel[(TP // ROWS, triton.cdiv(CP, 8 * COLUMNS))](
+        (TP, CP), E, BC = flat.shape, offs.shape[0], 32
+        kernel[(TP // ROWS, triton.cdiv(CP, BC))](
             scales.view(torch.uint8), offs, flat.view(torch.uint8), E, scales.shape[1], CP,
-            *scales.stride(), triton.next_power_of_2(E), num_warps=4,
+            *scales.stride(), BC, triton.next_power_of_2(E), num_warps=4,
         )  # fmt: skip
     return flat
 

@@ -36,34 +36,30 @@ def reference(scales: Tensor, offs: Tensor) -> Tensor:
 
 @triton.jit
 def kernel(
-    scales_ptr, offs_ptr, flat_ptr, E, R, SP, stride_r, stride_s, EP: tl.constexpr,
+    scales_ptr, offs_ptr, flat_ptr, E, R, SP, stride_r, stride_s,
+    BS: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
-    # A program writes 8 tiles that are one below the other.
     starts, ends = groups.load(offs_ptr, E, EP)
-    column = tl.program_id(0)
-    group, first, last, index, padded = groups.locate(column, starts, ends, 4, 4, EP)
-    at = tl.arange(0, 4096)
-    byte = at % 512
-    strip = tl.program_id(1) * 8 + at // 512
-    r = strip * 128 + swizzle.row_in_tile(byte)
-    s = first + index * 4 + byte % 4
-    source = scales_ptr + r.to(tl.int64) * stride_r + s.to(tl.int64) * stride_s
-    scale = tl.load(source, mask=(r < R) & (s < last), other=0)
-    # Past the last group every tile column is a group of its own width.
-    strips = tl.cdiv(R, 128)
+    strip = tl.program_id(1)
+    group, first, last, index, padded = groups.locate(tl.program_id(0), starts, ends, BS, 4, EP)
+    r = strip * 128 + tl.arange(0, 128)
+    s = first + index * BS + tl.arange(0, BS)
+    at = r[:, None].to(tl.int64) * stride_r + s[None, :].to(tl.int64) * stride_s
+    scales = tl.load(scales_ptr + at, mask=(r < R)[:, None] & (s < last)[None, :], other=0)
+    # Past the last group the tiles up to SP are one group more.
     across = tl.where(group < E, tl.cdiv(last - first, 4), SP // 4 - padded // 4)
-    before = (padded // 4).to(tl.int64) * strips
-    to = (before + strip * across + index) * 512 + byte
-    tl.store(flat_ptr + to, scale, mask=strip < strips)
+    before = (padded // 4).to(tl.int64) * tl.cdiv(R, 128) + strip * across
+    byte = index * (BS * 128) + tl.arange(0, BS * 128)
+    tl.store(flat_ptr + before * 512 + byte, swizzle.tiles_of(scales), mask=byte < across * 512)
 
 
 def launch(scales: Tensor, offs: Tensor) -> Tensor:
     flat = outputs(scales, offs)
     if flat.numel():
-        (RP, SP), E = flat.shape, offs.shape[0]
-        kernel[(SP // COLUMNS, triton.cdiv(RP, 8 * ROWS))](
+        (RP, SP), E, BS = flat.shape, offs.shape[0], 32
+        kernel[(triton.cdiv(SP, BS) + E, RP // ROWS)](
             scales.view(torch.uint8), offs, flat.view(torch.uint8), E, scales.shape[0], SP,
-            *scales.stride(), triton.next_power_of_2(E), num_warps=4,
+            *scales.stride(), BS, triton.next_power_of_2(E), num_warps=4,
         )  # fmt: skip
     return flat
 
