@@ -130,6 +130,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args.devices = args.devices.split(",")
     if bad := [d for d in args.devices if not re.fullmatch(r"cpu|cuda:\d+", d)]:
         parser.error(f"--devices are cpu or cuda:0, cuda:1, ...: got {', '.join(bad)}")
+    if bad := [d for d in args.devices if d != "cpu" and d not in gpus.split(",")]:
+        parser.error(f"--devices: there is no {', '.join(bad)} here, only {gpus or 'the CPU'}")
     if len({d.partition(":")[0] for d in args.devices}) > 1:
         parser.error("--devices are all GPUs or all CPUs: losses of both cannot be compared")
     try:

@@ -98,7 +98,7 @@ def test_a_process_sees_its_gpu_from_its_first_moment(
         ("--validate-every 25", "--validate-every is a multiple of 10, at which losses are read"),
         ("--steps 0", "--steps is a multiple of 10"),
         ("--devices tpu:0", "--devices are cpu or cuda:0, cuda:1, ...: got tpu:0"),
-        ("--devices cpu,cuda:0", "all GPUs or all CPUs"),
+        ("--devices cuda:99", "there is no cuda:99 here, only "),
     ],
 )
 def test_a_flag_that_cannot_be_is_named_with_what_can(flags, message, capsys):
