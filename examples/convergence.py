@@ -19,8 +19,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
+from typing import Any
 
 import corpus
 import curves
@@ -30,6 +32,7 @@ from training import LAP, SIZES, Plan, Run, Variant, train
 from lpcompile import RECIPES, Operand, Recipe, Rule
 
 NVFP4 = RECIPES["nvfp4"]
+_ENVIRONMENT = Lock()  # one process at a time is started in it
 
 
 def altered(recipe: Recipe, change: Callable[[Operand], Operand]) -> Recipe:
@@ -80,10 +83,11 @@ def main(argv: list[str] | None = None) -> curves.Curves | None:
 
     def serve(device: str) -> None:
         while waiting and time.monotonic() < deadline:
-            variant = waiting.popleft()
-            given = variant, plan, args.corpus, args.out, deadline, device
-            process = get_context("spawn").Process(target=train_on, args=given)
-            process.start()
+            try:
+                variant = waiting.popleft()
+            except IndexError:  # another device took the last
+                return
+            process = start(device, train_one, variant, plan, args.corpus, args.out, deadline)
             process.join()
             if process.exitcode:
                 failed.append(variant.file)
@@ -126,6 +130,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args.devices = args.devices.split(",")
     if bad := [d for d in args.devices if not re.fullmatch(r"cpu|cuda:\d+", d)]:
         parser.error(f"--devices are cpu or cuda:0, cuda:1, ...: got {', '.join(bad)}")
+    if bad := [d for d in args.devices if d != "cpu" and d not in gpus.split(",")]:
+        parser.error(f"--devices: there is no {', '.join(bad)} here, only {gpus or 'the CPU'}")
     if len({d.partition(":")[0] for d in args.devices}) > 1:
         parser.error("--devices are all GPUs or all CPUs: losses of both cannot be compared")
     try:
@@ -145,14 +151,28 @@ def variant_of(run: str) -> Variant:
     return replace(VARIANTS[name], seed=int(seed or 0))
 
 
-def train_on(
-    variant: Variant, plan: Plan, which: str, out: Path, deadline: float, device: str
-) -> None:
-    """One run, in a process that sees one GPU, so that what one compiles serves all the others."""
+def start(device: str, target: Callable[..., None], *args: Any) -> BaseProcess:
+    """A process that sees that device alone, so that what one compiles serves all the others.
+
+    It has the variable from its first moment: torch counts the GPUs as soon as it is imported, and
+    what is set after that moves nothing.
+    """
     kind, _, index = device.partition(":")
-    if kind == "cuda":
+    process = get_context("spawn").Process(target=target, args=args)
+    with _ENVIRONMENT:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(index)] if seen else index
+        if kind == "cuda":
+            os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(index)] if seen else index
+        process.start()
+        if seen is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = seen
+        else:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    return process
+
+
+def train_one(variant: Variant, plan: Plan, which: str, out: Path, deadline: float) -> None:
+    """One run, told of at every validation."""
     num_told = 0
 
     def tell(run: Run) -> None:
@@ -165,11 +185,11 @@ def train_on(
                 flush=True,
             )
 
-    start = time.monotonic()
+    began = time.monotonic()
     run = train(variant, plan, corpus.load(which), tell, out, deadline)
     state = "finished" if run.is_finished else "stopped"
     rate = f", {run.tokens_per_second:,.0f} tokens/s" if run.tokens_per_second else ""
-    print(f"{variant.file}: {state} after {time.monotonic() - start:.0f} s{rate}", flush=True)
+    print(f"{variant.file}: {state} after {time.monotonic() - began:.0f} s{rate}", flush=True)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,6 @@ class Curve:
     training: list[float]  # the mean of each LAP steps
     validations: list[float]  # after each validate_every steps
     validation: float | None  # at the end; None: the run was cut
-    tokens_per_second: float | None = None
-    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,6 @@ def collect(folder: Path) -> Curves:
                 training=[round(mean(losses[i : i + LAP]), 5) for i in range(0, len(losses), LAP)],
                 validations=[round(v, 6) for v in run["validations"]],
                 validation=run["validation"] and round(run["validation"], 6),
-                tokens_per_second=run["tokens_per_second"] and round(run["tokens_per_second"]),
-                peak_bytes=run["peak_bytes"],
             )
         )
     if not runs:
@@ -153,7 +149,7 @@ def share(difference: float) -> str:
 def ends(curves: Curves) -> list[str]:
     """A row a run: where it ended, and how far from bf16."""
     head = ("run", "seed", "validation loss", "above bf16", "training, last tenth", "target")
-    lines = [row(*head, "tokens/s", "peak GiB"), row(*["---"] * 8)]
+    lines = [row(*head), row(*["---"] * len(head))]
     for c in curves.runs:
         base = curves.base(c)
         cells = ["", "", ""]
@@ -163,9 +159,7 @@ def ends(curves: Curves) -> list[str]:
             cells.append(verdict(c, difference, curves.band))
         cut = f"cut after {len(c.training) * LAP} steps"
         loss = cut if c.validation is None else f"{c.validation:.4f}"
-        speed = f"{c.tokens_per_second:,.0f}" if c.tokens_per_second else ""
-        peak = f"{c.peak_bytes / 2**30:.1f}" if c.peak_bytes else ""
-        lines.append(row(c.name, str(c.seed), loss, *cells, speed, peak))
+        lines.append(row(c.name, str(c.seed), loss, *cells))
     if curves.band is not None:
         lines += ["", f"Two bf16 runs of different seeds end {curves.band:.2%} apart."]
     return lines
@@ -223,7 +217,8 @@ def draw(curves: Curves, path: Path) -> list[Path]:
         bottom.set(xlabel="million tokens", ylabel="above bf16, %")
         top.set(ylabel="validation loss, nats per byte")
         for axis in (top, bottom):
-            axis.legend(fontsize=8)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=8)
         made.append(path.with_name(f"{path.stem}_{family}.png"))
         figure.savefig(made[-1], dpi=80)
     return made

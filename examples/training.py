@@ -329,6 +329,7 @@ def train(
         is_late = time.monotonic() > deadline
         if checkpoint and (is_late or num_done % plan.save_every == 0):
             checkpoint.save(run, model, optimizer)
+            checkpoint.write(run)
         if is_late:
             return run
     if clock.intervals:

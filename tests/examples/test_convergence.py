@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,28 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(command, tmp_path):
     assert json.loads((tmp_path / "out" / "bf16-seed1.json").read_text())["run"]["validation"]
 
 
+def write_environment(path):
+    """What this process was started with, whatever has been set since."""
+    path.write_bytes(Path("/proc/self/environ").read_bytes())
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+@pytest.mark.parametrize(
+    ("seen", "device", "expected"), [(None, "cuda:3", "3"), ("5,2", "cuda:1", "2")]
+)
+def test_a_process_sees_its_gpu_from_its_first_moment(
+    seen, device, expected, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    process = convergence.start(device, write_environment, tmp_path / "environment")
+    process.join()
+    given = (tmp_path / "environment").read_bytes().split(b"\0")
+    assert f"CUDA_VISIBLE_DEVICES={expected}".encode() in given
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == seen
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -75,7 +98,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(command, tmp_path):
         ("--validate-every 25", "--validate-every is a multiple of 10, at which losses are read"),
         ("--steps 0", "--steps is a multiple of 10"),
         ("--devices tpu:0", "--devices are cpu or cuda:0, cuda:1, ...: got tpu:0"),
-        ("--devices cpu,cuda:0", "all GPUs or all CPUs"),
+        ("--devices cuda:99", "there is no cuda:99 here, only "),
     ],
 )
 def test_a_flag_that_cannot_be_is_named_with_what_can(flags, message, capsys):
@@ -143,7 +166,7 @@ def test_a_run_cut_before_anything_can_be_compared_has_a_row_without_numbers():
     whole, cut = curve("bf16", [4.0]), curve("mxfp8", [], training=[4.0], is_cut=True)
     assert math.isnan(curves.above(cut, whole))
     lines = curves.ends(curves.Curves(ABOUT, [whole, cut]))
-    assert lines[-1] == "| mxfp8 | 0 | cut after 10 steps |  |  |  |  |  |"
+    assert lines[-1] == "| mxfp8 | 0 | cut after 10 steps |  |  |  |"
 
 
 def test_the_paired_difference_is_of_the_last_tenth_that_both_have():
