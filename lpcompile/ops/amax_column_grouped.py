@@ -1,6 +1,6 @@
 """The largest magnitude of every column of every group: x[T, C] bf16, offs[E] -> amax[E, C] fp32.
 
-Group e is x[offs[e - 1] : offs[e]]; rows past offs[-1] count nowhere, an empty group's amax is 0.
+With ``rows``, of x[rows]. Group e is x[offs[e - 1] : offs[e]]; rows past offs[-1] count nowhere, an empty group's amax is 0.
 NaN above Inf above all, as in ``amax_column``.
 """
 
@@ -15,20 +15,23 @@ from lpcompile.ops import amax_column, fp8, groups
 from lpcompile.ops.define import define, same_bits
 
 
-def outputs(x: Tensor, offs: Tensor) -> Tensor:
+def outputs(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
     return x.new_empty((offs.shape[0], x.shape[1]), dtype=torch.float32)
 
 
-def reference(x: Tensor, offs: Tensor) -> Tensor:
-    return torch.stack([amax_column.reference(x[rows]) for rows in groups.slices(offs)])
+def reference(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
+    x = groups.tokens(x, rows)
+    return torch.stack([amax_column.reference(x[group]) for group in groups.slices(offs)])
 
 
 @triton.jit
 def kernel(
     x_ptr,
     offs_ptr,
+    rows_ptr,
     amax_ptr,
     E,
+    T,
     C,
     stride_t,
     stride_c,
@@ -46,7 +49,8 @@ def kernel(
         best = tl.zeros([BT, BC], tl.float32)
         for start in range(begin, end, BT):
             t = start + tl.arange(0, BT)
-            at = t[:, None].to(tl.int64) * stride_t + c[None, :].to(tl.int64) * stride_c
+            row = groups.source(rows_ptr, t, t < end, T)
+            at = row[:, None] * stride_t + c[None, :].to(tl.int64) * stride_c
             live = (t < end)[:, None] & (c < C)[None, :]
             x = tl.load(x_ptr + at, mask=live, other=0.0)
             best = fp8.larger(best, tl.abs(x.to(tl.float32)))
@@ -54,21 +58,21 @@ def kernel(
         tl.atomic_max(amax_ptr + group.to(tl.int64) * C + c, bits, mask=c < C, sem="relaxed")
 
 
-def launch(x: Tensor, offs: Tensor) -> Tensor:
+def launch(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
     (T, C), E = x.shape, offs.shape[0]
     amax = torch.zeros((E, C), dtype=torch.float32, device=x.device)
     if x.numel():
-        rows, BC = 256, 256
-        grid = (triton.cdiv(C, BC), triton.cdiv(T, rows) + E)
+        ROWS, BC = 256, 256
+        grid = (triton.cdiv(C, BC), triton.cdiv(groups.num_tokens(x, rows), ROWS) + E)
         kernel[grid](
-            x, offs, amax.view(torch.int32), E, C, *x.stride(),
-            rows, 16, BC, triton.next_power_of_2(E), num_warps=8,
+            x, offs, rows, amax.view(torch.int32), E, T, C, *x.stride(),
+            ROWS, 16, BC, triton.next_power_of_2(E), num_warps=8,
         )  # fmt: skip
     return amax
 
 
 op = define(
-    "amax_column_grouped(Tensor x, Tensor offs) -> Tensor",
+    "amax_column_grouped(Tensor x, Tensor offs, Tensor? rows=None) -> Tensor",
     outputs=outputs,
     reference=reference,
     launch=launch,
@@ -77,7 +81,10 @@ agrees = same_bits
 
 
 def samples(device: str) -> list[tuple[Any, ...]]:
-    """Groups of every kind: unequal, empty, all empty, one, many, with NaN in and past them."""
+    """Groups of every kind: unequal, empty, all empty, one, many, with NaN in and past them.
+
+    The last three are of tokens picked from a smaller tensor, and from a larger one.
+    """
 
     def of(*ends: int) -> Tensor:
         return torch.tensor(ends, device=device, dtype=torch.int32)
@@ -100,4 +107,7 @@ def samples(device: str) -> list[tuple[Any, ...]]:
         (x[1:, 1:], of(300, 301, 302)),
         (skewed, of(*range(1, 65), 1400)),
         (even * 1e-38, of(100, 256)),
+        (bad, of(40, 40, 999), torch.arange(1000, device=device) * 7 % 333),
+        (x.t(), of(5, 60), torch.arange(-70, 0, device=device, dtype=torch.int32)),
+        (even, of(0, 0), torch.arange(0, device=device)),
     ]

@@ -1,6 +1,6 @@
 """The largest magnitude of all groups together: x[T, C] bf16, offs[E] -> amax[1] fp32.
 
-One scale for all tokens; rows past offs[-1] are none and do not count. NaN above Inf above all, as
+With ``rows``, of x[rows]. One scale for all tokens; rows past offs[-1] are none and do not count. NaN above Inf above all, as
 in ``amax_tensor``.
 """
 
@@ -16,20 +16,22 @@ samples = amax_column_grouped.samples
 agrees = same_bits
 
 
-def outputs(x: Tensor, offs: Tensor) -> Tensor:
+def outputs(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
     return x.new_empty((1,), dtype=torch.float32)
 
 
-def reference(x: Tensor, offs: Tensor) -> Tensor:
-    return amax_tensor.reference(x[: groups.slices(offs)[-1].stop])
+def reference(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
+    return amax_tensor.reference(groups.tokens(x, rows)[: groups.slices(offs)[-1].stop])
 
 
 @triton.jit
 def kernel(
     x_ptr,
     offs_ptr,
+    rows_ptr,
     amax_ptr,
     E,
+    T,
     C,
     stride_t,
     stride_c,
@@ -43,7 +45,8 @@ def kernel(
     best = tl.zeros([BT, BC], tl.float32)
     for start in range(begin, end, BT):
         t = start + tl.arange(0, BT)
-        at = t[:, None].to(tl.int64) * stride_t + c[None, :].to(tl.int64) * stride_c
+        row = groups.source(rows_ptr, t, t < end, T)
+        at = row[:, None] * stride_t + c[None, :].to(tl.int64) * stride_c
         live = (t < end)[:, None] & (c < C)[None, :]
         x = tl.load(x_ptr + at, mask=live, other=0.0)
         best = fp8.larger(best, tl.abs(x.to(tl.float32)))
@@ -51,19 +54,19 @@ def kernel(
     tl.atomic_max(amax_ptr, fp8.bits_of_amax(amax), sem="relaxed")
 
 
-def launch(x: Tensor, offs: Tensor) -> Tensor:
+def launch(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
     (T, C), E = x.shape, offs.shape[0]
     amax = torch.zeros((1,), dtype=torch.float32, device=x.device)
     if x.numel():
-        rows, BC = 256, 256
-        grid = (triton.cdiv(C, BC), triton.cdiv(T, rows))
+        ROWS, BC = 256, 256
+        grid = (triton.cdiv(C, BC), triton.cdiv(groups.num_tokens(x, rows), ROWS))
         bits = amax.view(torch.int32)
-        kernel[grid](x, offs, bits, E, C, *x.stride(), rows, 16, BC, num_warps=8)
+        kernel[grid](x, offs, rows, bits, E, T, C, *x.stride(), ROWS, 16, BC, num_warps=8)
     return amax
 
 
 op = define(
-    "amax_tensor_grouped(Tensor x, Tensor offs) -> Tensor",
+    "amax_tensor_grouped(Tensor x, Tensor offs, Tensor? rows=None) -> Tensor",
     outputs=outputs,
     reference=reference,
     launch=launch,

@@ -2,6 +2,9 @@
 
 offs[E] int32 are cumulative ends; they never come to the host. Rows past offs[-1] are in no group.
 
+Tokens may be rows that are picked from a smaller tensor: token t is x[rows[t]], and the kernels that
+take ``rows`` gather as they read, so that what is gathered never lies in memory.
+
 An operand that is contracted along tokens lies with each group's rows, as columns, at a multiple of
 ``align``, zeros after them: values[C, Tp]. Where the groups lie there is ``offs_padded[E]``. Tp is
 round_up(T, align) + E * align, enough for any groups of T rows, so that no shape depends on data.
@@ -32,6 +35,26 @@ def padded_ends(offs: Tensor, align: int) -> Tensor:
 def slices(offs: Tensor) -> list[slice]:
     """Every group's rows. For references: it waits for the device."""
     return [slice(start, end) for start, end in itertools.pairwise([0, *offs.tolist()])]
+
+
+def num_tokens(x: Tensor, rows: Tensor | None) -> Any:
+    """How many tokens x[T, C] is, or x[rows]."""
+    return (x if rows is None else rows).shape[0]
+
+
+def tokens(x: Tensor, rows: Tensor | None) -> Tensor:
+    """x[T, C], or x[rows]. For references."""
+    return x if rows is None else x[rows]
+
+
+@triton.jit
+def source(rows_ptr, t, live, T):
+    """The rows of x[T, C] that tokens t are: they themselves where ``rows_ptr`` is None."""
+    t = t.to(tl.int64)
+    if rows_ptr is not None:
+        t = tl.load(rows_ptr + t, mask=live, other=0).to(tl.int64)
+        t = tl.where(t < 0, t + T, t)  # counted from the end
+    return t
 
 
 @triton.jit

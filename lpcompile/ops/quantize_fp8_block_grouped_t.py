@@ -4,7 +4,7 @@
 
 Blocks of 128 tokens inside each group, for wgrad. Groups begin at multiples of 128, not of 16 as
 in ``quantize_fp8_grouped_t``: then a step of the GEMM is one block with no mask, and the same
-offsets serve values and scales. It costs at most 128 bytes a group and column; a second offset for
+offsets serve values and scales. With ``rows``, of x[rows]. It costs at most 128 bytes a group and column; a second offset for
 scales, and masks, would cost every step of the GEMM. Padding is zero. Arithmetic:
 ``lpcompile.ops.fp8``; layout: ``lpcompile.ops.groups``.
 """
@@ -23,8 +23,11 @@ from lpcompile.ops.quantize_fp8_block import BLOCK
 Made = tuple[Tensor, Tensor, Tensor]
 
 
-def outputs(x: Tensor, offs: Tensor, element: torch.dtype, pow2: bool) -> Made:
-    C, columns = x.shape[1], groups.padded_length(x.shape[0], offs.shape[0], BLOCK)
+def outputs(
+    x: Tensor, offs: Tensor, element: torch.dtype, pow2: bool, rows: Tensor | None = None
+) -> Made:
+    num_tokens = groups.num_tokens(x, rows)
+    C, columns = x.shape[1], groups.padded_length(num_tokens, offs.shape[0], BLOCK)
     return (
         x.new_empty((C, columns), dtype=element),
         x.new_empty((columns // BLOCK, C), dtype=torch.float32).t(),
@@ -32,14 +35,17 @@ def outputs(x: Tensor, offs: Tensor, element: torch.dtype, pow2: bool) -> Made:
     )
 
 
-def reference(x: Tensor, offs: Tensor, element: torch.dtype, pow2: bool) -> Made:
+def reference(
+    x: Tensor, offs: Tensor, element: torch.dtype, pow2: bool, rows: Tensor | None = None
+) -> Made:
+    x = groups.tokens(x, rows)
     C, columns = x.shape[1], groups.padded_length(x.shape[0], offs.shape[0], BLOCK)
     values = x.new_zeros((C, columns), dtype=element)
     zeros = x.new_zeros((columns // BLOCK, C), dtype=torch.float32).t()
     scales = fp8.decode_scale(fp8.encode_scale(zeros, element, pow2))
     padded = groups.padded_ends(offs, BLOCK)
-    for rows, to in zip(groups.slices(offs), groups.slices(padded), strict=True):
-        made, over = quantize_fp8_block.by_blocks(x[rows].t(), 1, element, pow2)
+    for group, to in zip(groups.slices(offs), groups.slices(padded), strict=True):
+        made, over = quantize_fp8_block.by_blocks(x[group].t(), 1, element, pow2)
         values[:, to.start : to.start + made.shape[1]] = made
         scales[:, to.start // BLOCK : to.start // BLOCK + over.shape[1]] = over
     return values, scales, padded
@@ -49,10 +55,12 @@ def reference(x: Tensor, offs: Tensor, element: torch.dtype, pow2: bool) -> Made
 def kernel(
     x_ptr,
     offs_ptr,
+    rows_ptr,
     values_ptr,
     scales_ptr,
     padded_ptr,
     E,
+    T,
     C,
     TP,
     stride_t,
@@ -71,13 +79,14 @@ def kernel(
     if (tile == 0) & (tl.program_id(0) == 0):
         groups.store_padded_ends(padded_ptr, starts, ends, E, BLOCK, EP)
     t = first + index * BLOCK + tl.arange(0, BLOCK)
+    row = groups.source(rows_ptr, t, t < last, T)
     block = begin // BLOCK + index
     if block * BLOCK < TP:  # tiles past the last group are the padding up to TP
         to = block * BLOCK + tl.arange(0, BLOCK)
         for start in range(0, COLUMNS, BC):
             c = tl.program_id(0) * COLUMNS + start + tl.arange(0, BC)
             live = (t < last)[:, None] & (c < C)[None, :]
-            source = t[:, None].to(tl.int64) * stride_t + c[None, :].to(tl.int64) * stride_c
+            source = row[:, None] * stride_t + c[None, :].to(tl.int64) * stride_c
             x = tl.load(x_ptr + source, mask=live, other=0.0)
             amax = fp8.amax_of_bits(tl.max(fp8.abs_bits(x), axis=0))  # [BC]
             scale = fp8.encode(amax, LIMIT, POW2)
@@ -89,15 +98,17 @@ def kernel(
             tl.store(scales_ptr + at, fp8.decode(scale), mask=c < C)
 
 
-def launch(x: Tensor, offs: Tensor, element: torch.dtype, pow2: bool) -> Made:
+def launch(
+    x: Tensor, offs: Tensor, element: torch.dtype, pow2: bool, rows: Tensor | None = None
+) -> Made:
     if not fp8.runs_triton(x) or not x.shape[1]:
-        return reference(x, offs, element, pow2)
-    values, scales, padded = outputs(x, offs, element, pow2)
-    C, TP, E = x.shape[1], values.shape[1], offs.shape[0]
+        return reference(x, offs, element, pow2, rows)
+    values, scales, padded = outputs(x, offs, element, pow2, rows)
+    (T, C), TP, E = x.shape, values.shape[1], offs.shape[0]
     BC, columns = 64, 256
     grid = (triton.cdiv(C, columns), TP // BLOCK + E)
     kernel[grid](
-        x, offs, values, scales, padded, E, C, TP, *x.stride(),
+        x, offs, rows, values, scales, padded, E, T, C, TP, *x.stride(),
         fp8.MAX[element], pow2, fp8.TRITON[element],
         BLOCK, BC, columns, triton.next_power_of_2(E), num_warps=8,
     )  # fmt: skip
@@ -105,8 +116,8 @@ def launch(x: Tensor, offs: Tensor, element: torch.dtype, pow2: bool) -> Made:
 
 
 op = define(
-    "quantize_fp8_block_grouped_t(Tensor x, Tensor offs, ScalarType element, bool pow2)"
-    " -> (Tensor, Tensor, Tensor)",
+    "quantize_fp8_block_grouped_t(Tensor x, Tensor offs, ScalarType element, bool pow2,"
+    " Tensor? rows=None) -> (Tensor, Tensor, Tensor)",
     outputs=outputs,
     reference=reference,
     launch=launch,
@@ -117,7 +128,7 @@ agrees = same_bits
 def samples(device: str) -> list[tuple[Any, ...]]:
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
     return [
-        (x, offs, element, pow2)
-        for x, offs in amax_column_grouped.samples(device)
+        (x, offs, element, pow2, *rows)
+        for x, offs, *rows in amax_column_grouped.samples(device)
         for element, pow2 in ((e4m3, False), (e5m2, False), (e4m3, True))
     ]

@@ -8,7 +8,7 @@ what the grouped GEMM reads, and the padding, made here, is zero (layout: ``lpco
     amax[E, C] of ``amax_column_grouped`` -> scales[E * C], group after group: row scales
     amax[1] of ``amax_tensor_grouped``    -> scales[1]: one for all tokens
 
-Arithmetic: ``lpcompile.ops.fp8``.
+With ``rows``, of x[rows]. Arithmetic: ``lpcompile.ops.fp8``.
 """
 
 from typing import Any
@@ -24,8 +24,15 @@ from lpcompile.ops.define import ALIGN, define, same_bits
 Made = tuple[Tensor, Tensor, Tensor]
 
 
-def outputs(x: Tensor, amax: Tensor, offs: Tensor, element: torch.dtype, pow2: bool) -> Made:
-    columns = groups.padded_length(x.shape[0], offs.shape[0], ALIGN)
+def outputs(
+    x: Tensor,
+    amax: Tensor,
+    offs: Tensor,
+    element: torch.dtype,
+    pow2: bool,
+    rows: Tensor | None = None,
+) -> Made:
+    columns = groups.padded_length(groups.num_tokens(x, rows), offs.shape[0], ALIGN)
     return (
         x.new_empty((x.shape[1], columns), dtype=element),
         x.new_empty((amax.numel(),), dtype=torch.float32),
@@ -33,14 +40,22 @@ def outputs(x: Tensor, amax: Tensor, offs: Tensor, element: torch.dtype, pow2: b
     )
 
 
-def reference(x: Tensor, amax: Tensor, offs: Tensor, element: torch.dtype, pow2: bool) -> Made:
+def reference(
+    x: Tensor,
+    amax: Tensor,
+    offs: Tensor,
+    element: torch.dtype,
+    pow2: bool,
+    rows: Tensor | None = None,
+) -> Made:
+    x = groups.tokens(x, rows)
     scale = fp8.encode_scale(amax, element, pow2)
     columns = groups.padded_length(x.shape[0], offs.shape[0], ALIGN)
     values = x.new_zeros((x.shape[1], columns), dtype=element)
     padded = groups.padded_ends(offs, ALIGN)
     ranges = zip(groups.slices(offs), groups.slices(padded), strict=True)
-    for e, (rows, to) in enumerate(ranges):
-        made = fp8.cast(x[rows], scale if amax.dim() == 1 else scale[e], element)
+    for e, (group, to) in enumerate(ranges):
+        made = fp8.cast(x[group], scale if amax.dim() == 1 else scale[e], element)
         values[:, to.start : to.start + made.shape[0]] = made.t()
     return values, fp8.decode_scale(scale).flatten(), padded
 
@@ -50,10 +65,12 @@ def kernel(
     x_ptr,
     amax_ptr,
     offs_ptr,
+    rows_ptr,
     values_ptr,
     scales_ptr,
     padded_ptr,
     E,
+    T,
     C,
     TP,
     stride_t,
@@ -74,6 +91,7 @@ def kernel(
     if (tile == 0) & (tl.program_id(0) == 0):
         groups.store_padded_ends(padded_ptr, starts, ends, E, ALIGN, EP)
     t = first + index * BT + tl.arange(0, BT)
+    row = groups.source(rows_ptr, t, t < last, T)
     # In units of ALIGN, to show the compiler that whole vectors are stored.
     to = (begin // ALIGN + index * (BT // ALIGN)) * ALIGN + tl.arange(0, BT)
     # Tiles past the last group write the zeros between it and TP.
@@ -83,7 +101,7 @@ def kernel(
         at = (group.to(tl.int64) * C + c) * AMAX_STRIDE
         amax = tl.load(amax_ptr + at, mask=(c < C) & (group < E), other=0.0)
         live = (t < last)[:, None] & (c < C)[None, :]
-        source = t[:, None].to(tl.int64) * stride_t + c[None, :].to(tl.int64) * stride_c
+        source = row[:, None] * stride_t + c[None, :].to(tl.int64) * stride_c
         x = tl.load(x_ptr + source, mask=live, other=0.0).to(tl.float32)
         scaled = tl.where(live, x * fp8.encode(amax, LIMIT, POW2)[None, :], 0.0)
         values = tl.trans(fp8.narrow(scaled, ELEMENT))  # [BC, BT]
@@ -95,16 +113,23 @@ def kernel(
             tl.store(scales_ptr + at, fp8.decode(fp8.encode(amax, LIMIT, POW2)), mask=c < C)
 
 
-def launch(x: Tensor, amax: Tensor, offs: Tensor, element: torch.dtype, pow2: bool) -> Made:
+def launch(
+    x: Tensor,
+    amax: Tensor,
+    offs: Tensor,
+    element: torch.dtype,
+    pow2: bool,
+    rows: Tensor | None = None,
+) -> Made:
     if not fp8.runs_triton(x) or not x.shape[1]:
-        return reference(x, amax, offs, element, pow2)
-    values, scales, padded = outputs(x, amax, offs, element, pow2)
-    C, E = x.shape[1], offs.shape[0]
+        return reference(x, amax, offs, element, pow2, rows)
+    values, scales, padded = outputs(x, amax, offs, element, pow2, rows)
+    (T, C), E = x.shape, offs.shape[0]
     BT, BC, columns = 128, 64, 256
     # As many tiles as cut any groups, and the rest of values[C, Tp] (see ``groups.locate``).
     grid = (triton.cdiv(C, columns), triton.cdiv(values.shape[1], BT) + E)
     kernel[grid](
-        x, amax, offs, values, scales, padded, E, C, values.shape[1], *x.stride(),
+        x, amax, offs, rows, values, scales, padded, E, T, C, values.shape[1], *x.stride(),
         int(amax.dim() == 2), ALIGN, fp8.MAX[element], pow2, fp8.TRITON[element],
         BT, BC, columns, triton.next_power_of_2(E), num_warps=4,
     )  # fmt: skip
@@ -112,8 +137,8 @@ def launch(x: Tensor, amax: Tensor, offs: Tensor, element: torch.dtype, pow2: bo
 
 
 op = define(
-    "quantize_fp8_grouped_t(Tensor x, Tensor amax, Tensor offs, ScalarType element, bool pow2)"
-    " -> (Tensor, Tensor, Tensor)",
+    "quantize_fp8_grouped_t(Tensor x, Tensor amax, Tensor offs, ScalarType element, bool pow2,"
+    " Tensor? rows=None) -> (Tensor, Tensor, Tensor)",
     outputs=outputs,
     reference=reference,
     launch=launch,
@@ -124,8 +149,8 @@ agrees = same_bits
 def samples(device: str) -> list[tuple[Any, ...]]:
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
     return [
-        (x, amaxes.reference(x, offs), offs, element, pow2)
-        for x, offs in amax_column_grouped.samples(device)
+        (x, amaxes.reference(x, offs, *rows), offs, element, pow2, *rows)
+        for x, offs, *rows in amax_column_grouped.samples(device)
         for amaxes in (amax_column_grouped, amax_tensor_grouped)
         for element, pow2 in ((e4m3, False), (e5m2, False), (e4m3, True))
     ]

@@ -24,15 +24,15 @@ def check(said, what):
         raise SystemExit(f"{what}: {said}")
 
 
-def quantizers(x, offs):
-    """Every grouped quantizer on one x; returns the amax of its columns."""
+def quantizers(x, offs, *rows):
+    """Every grouped quantizer on one x, or on the rows of it that are given."""
     for module in (ops.amax_column_grouped, ops.amax_tensor_grouped):
-        amax = module.launch(x, offs)
-        check(same_bits(amax, module.reference(x, offs)), module.__name__)
-        args = (x, amax, offs, WIDE, True)  # powers of two, under which nothing is clamped
+        amax = module.launch(x, offs, *rows)
+        check(same_bits(amax, module.reference(x, offs, *rows)), module.__name__)
+        args = (x, amax, offs, WIDE, True, *rows)  # powers of two, under which nothing is clamped
         made = ops.quantize_fp8_grouped_t.launch(*args)
         check(same_bits(made, ops.quantize_fp8_grouped_t.reference(*args)), "grouped_t")
-    args = (x, offs, WIDE, True)
+    args = (x, offs, WIDE, True, *rows)
     made = ops.quantize_fp8_block_grouped_t.launch(*args)
     check(same_bits(made, ops.quantize_fp8_block_grouped_t.reference(*args)), "block_grouped_t")
 
@@ -55,6 +55,8 @@ def main():
         x, dy, w = (torch.randn(*s, dtype=torch.bfloat16) for s in ((T, K), (T, N), (E, N, K)))
         x[T - past :] = torch.nan
         quantizers(x, ends)
+        few = torch.randn(50, K, dtype=torch.bfloat16)
+        quantizers(few, ends, torch.randint(-50, 50, (T,)))
         for of_x, of_w in (
             (ops.quantize_fp8_row, ops.quantize_fp8_row),
             (ops.quantize_fp8_block, ops.quantize_fp8_square),
