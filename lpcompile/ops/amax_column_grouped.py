@@ -1,7 +1,7 @@
 """The largest magnitude of every column of every group: x[T, C] bf16, offs[E] -> amax[E, C] fp32.
 
-With ``rows``, of x[rows]. Group e is x[offs[e - 1] : offs[e]]; rows past offs[-1] count nowhere, an empty group's amax is 0.
-NaN above Inf above all, as in ``amax_column``.
+Group e is x[offs[e - 1] : offs[e]]; rows past offs[-1] count nowhere, an empty group's amax is 0.
+NaN above Inf above all, as in ``amax_column``. With ``rows``, of x[rows].
 """
 
 from typing import Any

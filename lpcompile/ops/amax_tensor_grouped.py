@@ -1,7 +1,7 @@
 """The largest magnitude of all groups together: x[T, C] bf16, offs[E] -> amax[1] fp32.
 
-With ``rows``, of x[rows]. One scale for all tokens; rows past offs[-1] are none and do not count. NaN above Inf above all, as
-in ``amax_tensor``.
+One scale for all tokens; rows past offs[-1] are none and do not count. NaN above Inf above all, as
+in ``amax_tensor``. With ``rows``, of x[rows].
 """
 
 import torch
