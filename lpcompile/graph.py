@@ -161,7 +161,8 @@ class _Emitter(fx.proxy.GraphAppendingTracer):
 
 def emit(before: fx.Node, call: Callable[..., Any], *args: Any, meta: dict[str, Any]) -> Any:
     """Trace ``call`` into the graph in front of a node: nodes in, nodes out."""
-    graph, fake_mode = before.graph, value(before).fake_mode  # type: ignore[attr-defined]
+    graph, made = before.graph, before.meta["val"]
+    fake_mode = (made[0] if isinstance(made, (tuple, list)) else made).fake_mode
     tracer = _Emitter(graph, meta, fake_mode)
     with graph.inserting_before(before):
         given: Any = map_arg(args, partial(fx.Proxy, tracer=tracer))  # type: ignore[arg-type]

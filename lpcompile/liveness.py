@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from lpcompile.flow import Flow
-from lpcompile.graph import CASTS, TRANSPOSES, VIEWS, value
+from lpcompile.graph import CASTS, TRANSPOSES, VIEWS, hint, value
 
 
 class Held:
@@ -29,7 +29,7 @@ class Held:
 
     def _leaves(self, x: fx.Node) -> set[fx.Node]:
         """The large activations under x, through pointwise ops and views."""
-        size = value(x).numel()
+        size = hint(value(x).numel())
         leaves, seen, stack = set(), {x}, [x]
         while stack:
             node = stack.pop()
@@ -37,9 +37,7 @@ class Held:
                 leaves.add(node)
                 continue
             for i in node.all_input_nodes:
-                made = i.meta.get("val")
-                small = isinstance(made, torch.Tensor) and made.numel() * 16 <= size
-                if i not in seen and not small and i not in self.flow.weights:
+                if i not in seen and not _is_small(i, size) and i not in self.flow.weights:
                     seen.add(i)
                     stack.append(i)
         return leaves
@@ -64,6 +62,13 @@ class Held:
                     seen.add(user)
                     stack.append(user)
         return False
+
+
+def _is_small(node: fx.Node, size: int | None) -> bool:
+    """Whether a node makes less than a 16th of ``size`` elements, by the hints."""
+    made = node.meta.get("val")
+    own = hint(made.numel()) if isinstance(made, torch.Tensor) else None
+    return own is not None and size is not None and own * 16 <= size
 
 
 def is_cheap(node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,22 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 
 import lpcompile
-from lpcompile import ahead, placement, saved, structure, verify
+from lpcompile import ahead, lanes, placement, saved, structure, verify
 from lpcompile.cost import DEVICES
 from lpcompile.dumps import Dump
 from lpcompile.flow import Flow, Leaves, is_called
 from lpcompile.graph import hint, module_path
 from lpcompile.options import Options, Rule
-from lpcompile.passes import deduplicate, fuse, fuse_micro, grouped_mm, linear, schedule
+from lpcompile.passes import (
+    deduplicate,
+    expert_loop,
+    fuse,
+    fuse_micro,
+    grouped_mm,
+    hoist,
+    linear,
+    schedule,
+)
 from lpcompile.recipes import get_recipe
 from lpcompile.report import Row, SavedBytes
 from lpcompile.select import Choice, Selection, annotated, annotation
@@ -106,13 +115,21 @@ class JointPass(CustomGraphPass):
             compile.dump.given(graph, "traced")
         flow = Flow(graph, compile.leaves)
         sites = find(graph, flow)
-        choices = _choose(graph, sites, compile)
+        notes: expert_loop.Notes = {}
+        found = lanes.find(graph, flow)
+        if found.families or found.untiled:
+            group = partial(_group, graph, found, sites, compile.options, notes)
+            run_steps(graph, [("expert_loop", group)], compile, compile.leaves)
+            flow = Flow(graph, compile.leaves)
+            sites = find(graph, flow)
+        choices = _choose(graph, sites, compile, notes)
         rows = {site.node.name: _row(site, choice) for site, choice in choices}
         compile.rows += rows.values()
-        late = placement.late([site for site, choice in choices if choice.gemm], flow)
+        late = placement.late([(s, c.gemm) for s, c in choices if c.gemm is not None], flow)
         steps: list[tuple[str, Callable[[], int]]] = [
             ("linear", partial(linear.rewrite, choices, late)),
             ("grouped_mm", partial(grouped_mm.rewrite, choices, late)),
+            ("hoist", partial(hoist.run, graph)),  # reads what they wrote
         ]
         if not flow.gradients:
             steps.append(("deduplicate", partial(deduplicate.run, graph)))
@@ -210,9 +227,29 @@ class Partition(CustomPartitionerFn):
         return sources()
 
 
-def _choose(graph: fx.Graph, sites: list[Site], compile: Compile) -> list[tuple[Site, Choice]]:
+def _group(
+    graph: fx.Graph,
+    found: lanes.Lanes,
+    sites: list[Site],
+    options: Options,
+    notes: expert_loop.Notes,
+) -> int:
+    # A loop that cannot be grouped is linears, which may do what strictness asks for.
+    selection = Selection(replace(options, strict=False), structure.find(graph, sites), sites)
+    return expert_loop.run(graph, found, sites, selection, notes)
+
+
+def _choose(
+    graph: fx.Graph, sites: list[Site], compile: Compile, notes: expert_loop.Notes
+) -> list[tuple[Site, Choice]]:
+    """notes: what the reason of a product begins with."""
     selection = Selection(compile.options, structure.find(graph, sites), sites)
-    choices = [(site, selection.choose(site)) for site in sites]
+    choices = []
+    for site in sites:
+        choice = selection.choose(site)
+        note = notes.get((site.forward or site).node) or notes.get(site.node)
+        reason = "; ".join(filter(None, (note, choice.reason)))
+        choices.append((site, replace(choice, reason=reason)))
     for site in sites:
         site.node.meta[SEEN] = True
     compile.matched |= selection.matched

@@ -6,6 +6,8 @@
 - X for wgrad is quantized in the backward where the backward holds what X is made of anyway, and in
   a checkpointed region, from what the user's policy gives there. Elsewhere it is left to the
   partitioner, which saves the narrow copy because it is smaller.
+- X of experts that is picked row by row from a smaller tensor is read from there
+  (``lpcompile.passes.hoist``), so what counts is that tensor: held, or smaller than the copy.
 """
 
 from collections.abc import Container, Sequence
@@ -15,7 +17,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from lpcompile import ops
+from lpcompile import gathers, ops
 from lpcompile.flow import Flow
 from lpcompile.graph import (
     BACKWARD,
@@ -23,24 +25,36 @@ from lpcompile.graph import (
     TRANSPOSES,
     VIEWS,
     meta_of,
+    peel,
     value,
 )
 from lpcompile.liveness import Held, is_cheap
+from lpcompile.recipes import Gemm
 from lpcompile.sites import Site
 
 
-def late(sites: Sequence[Site], flow: Flow) -> set[fx.Node]:
-    """The wgrads, of the sites that are to be narrowed, whose X is quantized in the backward.
+def late(sites: Sequence[tuple[Site, Gemm]], flow: Flow) -> set[fx.Node]:
+    """The wgrads, of the sites that are to be narrowed so, whose X is quantized in the backward.
 
     To be asked before any of them is rewritten.
     """
-    held = Held(flow, (site.node for site in sites))
+    held = Held(flow, (site.node for site, _ in sites))
     return {
         site.node
-        for site in sites
-        if site.product == "wgrad"
-        and (_is_checkpointed(site) or (site.rhs if site.lhs_is_first else site.lhs) in held)
+        for site, gemm in sites
+        if site.product == "wgrad" and (_is_checkpointed(site) or _is_late(site, gemm, held))
     }
+
+
+def _is_late(site: Site, gemm: Gemm, held: Held) -> bool:
+    x = site.rhs if site.lhs_is_first else site.lhs
+    reads = site.grouping == "ragged" and gemm.rhs.fmt.scaling in gathers.SCALINGS
+    gather = gathers.find(peel(x)[0]) if reads else None
+    if gather is None or not all(reader in held.narrowed for reader in gather.readers()):
+        return x in held
+    few, many = gather.num_rows
+    smaller = few is not None and many is not None and 2 * few <= many  # in bf16, than in 8 bits
+    return smaller or gather.source in held
 
 
 def _is_checkpointed(site: Site) -> bool:
@@ -53,7 +67,8 @@ def quantize_meta(site: Site, operand: fx.Node, is_second: bool, late: bool) -> 
     if is_second and site.product == "dgrad":
         _recompute(operand, VIEWS | TRANSPOSES | CASTS)  # no copy of a master weight is saved
     elif is_second and late and not _is_checkpointed(site):
-        _recompute(operand, VIEWS | TRANSPOSES)
+        gather = gathers.find(peel(operand)[0]) if site.grouping == "ragged" else None
+        _recompute(operand if gather is None else gather.source, VIEWS | TRANSPOSES)
     if is_second and (site.product == "dgrad" or late):
         meta["partitioner_tag"] = BACKWARD
     if "recompute" in meta:

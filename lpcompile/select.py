@@ -4,6 +4,7 @@ Nothing here looks at the machine that runs: every rank, and a report made elsew
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import ceil
@@ -65,6 +66,10 @@ class Selection:
                 )
             return Choice("bf16", None, obstacle)
         return self._profitable(site, recipe, label, gemm, why)
+
+    def is_alike(self, sites: Iterable[Site]) -> bool:
+        """Whether one recipe is for all of them."""
+        return len({self._recipe_of(site)[0] for site in sites}) == 1
 
     def _profitable(self, site: Site, recipe: Recipe, label: str, gemm: Gemm, why: str) -> Choice:
         sizes = (site.m, site.n, site.k)

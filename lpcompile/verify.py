@@ -21,18 +21,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lpcompile import saved
 from lpcompile.errors import VerifyError
 from lpcompile.flow import Flow, Leaves
-from lpcompile.graph import BACKWARD, META, TRANSPOSES, VIEWS, is_own, root
+from lpcompile.graph import BACKWARD, META, TRANSPOSES, VIEWS, aten, is_own, root
 from lpcompile.ops.define import PRODUCTS
 
 # Their fake outputs are new symbols at every call.
 UNREPEATABLE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+# Between a quantize and its product: which part of it, and which rows of that.
+THROUGH = {operator.getitem, aten.index.Tensor, aten.view.dtype, *TRANSPOSES}
 # A quantize has these of the product that it is for; when it runs may differ.
 PLACEMENT = {"partitioner_tag", "recompute"}
 
@@ -122,7 +124,18 @@ def _is_repeatable(node: fx.Node) -> bool:
         and not node.target._schema.is_mutable
         and not UNREPEATABLE & set(node.target.tags)
         and "val" in node.meta
+        and not _makes_sizes(node)
     )
+
+
+def _makes_sizes(node: fx.Node) -> bool:
+    """Whether a call makes a new symbol for a size that it does not know, at every call another.
+
+    Slices between such sizes do (torch 2.11).
+    """
+    made = [free_unbacked_symbols(t) for t in _tensors(_fake(node))]
+    given = [free_unbacked_symbols(_fake(i)) for i in node.all_input_nodes if "val" in i.meta]
+    return bool(set().union(*made) - set().union(*given))
 
 
 def _wrong_outputs(graph: fx.Graph, before: Before) -> Iterator[str]:
@@ -185,7 +198,7 @@ def _products(node: fx.Node) -> Iterator[fx.Node]:
     for user in node.users:
         if user.target in PRODUCTS:
             yield user
-        elif user.target is operator.getitem or is_own(user):
+        elif user.target in THROUGH or is_own(user):
             yield from _products(user)
 
 

@@ -97,8 +97,8 @@ def run(graph: fx.Graph) -> int:
 def _requests(graph: fx.Graph) -> dict[fx.Node, list[Request]]:
     found: dict[fx.Node, list[Request]] = defaultdict(list)
     for node in graph.nodes:
-        if node.op != "call_function" or node.target not in QUANTIZES:
-            continue
+        if node.op != "call_function" or node.target not in QUANTIZES or node.kwargs.get("rows"):
+            continue  # what gathers rows as it reads is for its own kernel
         kind, transposed, source = QUANTIZES[node.target]
         x, amax = node.args[0], node.args[1] if source else None
         if len(shape(x)) != 2:

@@ -56,7 +56,7 @@ def _rewrite(site: Site, how: Gemm, late: bool) -> None:
         sides.reverse()
     out = emit(node, multiply, *sides, offs, meta=meta_of(node))
     if weight_is_first:
-        out = emit(node, aten.transpose.int, out, 1, 2, meta=meta_of(node))
+        out = emit(node, aten.permute.default, out, [0, 2, 1], meta=meta_of(node))
     replace(node, out)
     if cast is not None:
         placement.fold(cast, out)
@@ -77,7 +77,7 @@ def _quantize(site: Site, late: bool, side: int, how: Operand) -> Any:
     if side == 1:
         x = operand  # [T, C] as it is
     elif not transposed:
-        x = emit(node, aten.transpose.int, operand, 0, 1, meta=meta)
+        x = emit(node, aten.permute.default, operand, [1, 0], meta=meta)
     return emit(node, partial(_groups_t, how), x, offs, meta=meta)
 
 

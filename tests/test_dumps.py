@@ -163,6 +163,7 @@ def test_every_graph_of_a_module_runs_and_prints_its_outputs(tmp_path):
         "graph_0/joint_0_traced.py",
         "graph_0/joint_1_linear.py",
         "graph_0/joint_2_grouped_mm.py",
+        "graph_0/joint_3_hoist.py",
         "graph_1/forward_0_post_grad.py",
         "graph_1/forward_1_fuse.py",
         "graph_1/forward_2_fuse_micro.py",
@@ -170,6 +171,7 @@ def test_every_graph_of_a_module_runs_and_prints_its_outputs(tmp_path):
         "graph_1/joint_0_traced.py",
         "graph_1/joint_1_linear.py",
         "graph_1/joint_2_grouped_mm.py",
+        "graph_1/joint_3_hoist.py",
         "graph_1/joint_3_deduplicate.py",
     ]
     grads = [f"torch.bfloat16 {list(p.shape)}" for p in (*model.parameters(), x)]

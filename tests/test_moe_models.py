@@ -85,6 +85,50 @@ class HuggingFaceLayer(nn.Module):
         return y[0] if isinstance(y, tuple) else y
 
 
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w3 = (nn.Linear(DIM, HIDDEN, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(HIDDEN, DIM, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class LoopedMoE(nn.Module):
+    """DeepSeek-V2's inference of experts: tokens in order, an expert's slice after another's.
+
+    Of all experts at once where it is not compiled, so that the oracle sees grouped products.
+    """
+
+    def __init__(self, num_experts=8, top_k=2):
+        super().__init__()
+        self.top_k = top_k
+        self.gate = nn.Linear(DIM, num_experts, bias=False)
+        self.experts = nn.ModuleList(Expert() for _ in range(num_experts))
+
+    def forward(self, x):
+        shape = x.shape
+        x = x.view(-1, shape[-1])
+        weights, chosen = torch.topk(self.gate(x).float().softmax(-1), self.top_k)
+        counts = chosen.new_zeros(len(x), len(self.experts)).scatter(1, chosen, 1).sum(0)
+        order = chosen.view(-1).argsort(stable=True)
+        routed = x[order // self.top_k]
+        if torch.compiler.is_compiling():
+            parts = zip(self.experts, routed.split(counts.tolist()), strict=True)
+            out = torch.cat([expert(part) for expert, part in parts])
+        else:
+            offs = counts.cumsum(0, dtype=torch.int32)
+            h = F.silu(self.grouped(routed, "w1", offs)) * self.grouped(routed, "w3", offs)
+            out = self.grouped(h, "w2", offs)
+        back = torch.empty_like(out).index_copy(0, order, out).view(-1, self.top_k, shape[-1])
+        return (back * weights.to(x.dtype)[..., None]).sum(1).view(shape)
+
+    def grouped(self, x, name, offs):
+        w = torch.stack([getattr(expert, name).weight for expert in self.experts])
+        return torch._grouped_mm(x, w.mT, offs=offs)
+
+
 class Oracle(TorchFunctionMode):
     """bf16 linears and grouped products through the eager oracle, routers as they are."""
 
@@ -230,6 +274,23 @@ def test_torchtitans_block_has_the_oracles_gradients(name, recipe, device):
 def test_torchtitans_experts_of_fp32_weights_have_the_oracles_gradients(device):
     torch.manual_seed(0)
     check(MoE(TORCHTITAN["llama4"], DIM, HIDDEN), "fp8_rowwise", 8, 3, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_loop_over_experts_has_the_oracles_gradients(recipe, device):
+    torch.manual_seed(0)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        check(LoopedMoE().bfloat16(), recipe, 8, 3, device)
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_tokens_are_quantized_before_they_are_gathered(name):
+    """By rows for w1, w3 and the shared expert once, and for their gradients as they are read."""
+    model, _ = hugging_face(name, whole=False)
+    with observe() as compiles:
+        step(compiled(model), torch.randn(2, TOKENS, DIM).bfloat16())
+    assert sum(c.counts["hoist"] for c in compiles) == 3
 
 
 @pytest.mark.parametrize("device", DEVICES)

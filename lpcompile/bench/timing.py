@@ -4,8 +4,8 @@ same clocks and temperature.
 A CUDA function is timed by events around it. Before each, a buffer larger than the L2 cache is read
 and then as many bytes of it are written as the function writes: the cache holds nothing that it
 reads, and as much that is still to be written back as it leaves behind itself. (After writing the
-whole buffer, 16384 x 4096 elements were read in 47 us, and in 39 us of which 3 are the events', after
-reading it.) It also keeps the GPU busy while the CPU queues what is measured, so that the time
+whole buffer, 16384 x 4096 elements were read in 47 us; after reading it in 39 us, of which 3 are
+the events'.) It also keeps the GPU busy while the CPU queues what is measured, so that the time
 between two launches is not counted. Nothing waits for the GPU until the last round.
 """
 

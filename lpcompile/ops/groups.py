@@ -2,8 +2,8 @@
 
 offs[E] int32 are cumulative ends; they never come to the host. Rows past offs[-1] are in no group.
 
-Tokens may be rows that are picked from a smaller tensor: token t is x[rows[t]], and the kernels that
-take ``rows`` gather as they read, so that what is gathered never lies in memory.
+Tokens may be rows picked from a smaller tensor: token t is x[rows[t]], and the kernels that take
+``rows`` gather as they read, so that what is gathered never lies in memory.
 
 An operand that is contracted along tokens lies with each group's rows, as columns, at a multiple of
 ``align``, zeros after them: values[C, Tp]. Where the groups lie there is ``offs_padded[E]``. Tp is

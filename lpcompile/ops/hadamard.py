@@ -3,8 +3,9 @@
     y[c, 16 i + j] = sum_k  x[16 i + k, c] * s[k] * H[k, j] / 4
 
 Mp is M rounded up to 16; rows past M count as zeros. Of x[E, M, C], a stack, y[E, C, Mp].
-``signs`` is the mask of negative s[k], bit k for row k. Both operands of wgrad get it along tokens, where it cancels: (R a).(R b) = a.b. The sum
-is the fp32 butterfly of strides 1, 2, 4, 8, rounded once. Source: arXiv 2509.25149, section 3.3.
+``signs`` is the mask of negative s[k], bit k for row k. Both operands of wgrad get it along tokens,
+where it cancels: (R a).(R b) = a.b. The sum is the fp32 butterfly of strides 1, 2, 4, 8, rounded
+once. Source: arXiv 2509.25149, section 3.3.
 """
 
 from typing import Any

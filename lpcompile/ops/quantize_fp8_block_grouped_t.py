@@ -4,9 +4,9 @@
 
 Blocks of 128 tokens inside each group, for wgrad. Groups begin at multiples of 128, not of 16 as
 in ``quantize_fp8_grouped_t``: then a step of the GEMM is one block with no mask, and the same
-offsets serve values and scales. With ``rows``, of x[rows]. It costs at most 128 bytes a group and column; a second offset for
+offsets serve values and scales. It costs at most 128 bytes a group and column; a second offset for
 scales, and masks, would cost every step of the GEMM. Padding is zero. Arithmetic:
-``lpcompile.ops.fp8``; layout: ``lpcompile.ops.groups``.
+``lpcompile.ops.fp8``; layout: ``lpcompile.ops.groups``. With ``rows``, of x[rows].
 """
 
 from typing import Any

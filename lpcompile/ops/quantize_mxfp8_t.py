@@ -1,7 +1,8 @@
 """Quantize x.T to MXFP8: x[M, C] bf16 -> values[C, Mp] e4m3, scales[C, Mp / 32] e8m0 as uint8.
 
 One scale per 32 tokens of a column: what wgrad reads of dY and X. Mp is M rounded up to 32, and
-the padding is zero. Of a stack, every matrix alone. Kernel: ``quantize_mxfp8``, on the transposed strides.
+the padding is zero. Of a stack, every matrix alone. Kernel: ``quantize_mxfp8``, on the transposed
+strides.
 """
 
 import torch
