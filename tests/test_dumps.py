@@ -172,7 +172,7 @@ def test_every_graph_of_a_module_runs_and_prints_its_outputs(tmp_path):
         "graph_1/joint_1_linear.py",
         "graph_1/joint_2_grouped_mm.py",
         "graph_1/joint_3_hoist.py",
-        "graph_1/joint_3_deduplicate.py",
+        "graph_1/joint_4_deduplicate.py",
     ]
     grads = [f"torch.bfloat16 {list(p.shape)}" for p in (*model.parameters(), x)]
     for name in ("backward", "backward_1_fuse", "joint_0_traced", "joint_1_linear"):
