@@ -72,7 +72,7 @@ def _nv(
 ) -> Quantized:
     square = operand.block == (16, 16)
     if operand.hadamard:  # of the transpose of what it reads
-        x = x if transpose else torch.ops.aten.t.default(x)
+        x = x if transpose else torch.ops.aten.transpose.int(x, -2, -1)
         x, transpose = ops.hadamard.op(x, ops.hadamard.SIGNS), False
     if transpose:
         op = ops.quantize_nvfp4_square_t.op if square else ops.quantize_nvfp4_t.op

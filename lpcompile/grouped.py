@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lpcompile import gemm_grouped
 from lpcompile.errors import ShapeError
+from lpcompile.gemm import new_seed
 from lpcompile.recipes import DEFAULT, Recipe, get_recipe
 
 
@@ -30,14 +31,15 @@ class _GroupedMM(torch.autograd.Function):
         x, w, offs = ctx.saved_tensors
         dx = dw = None
         dgrad, wgrad = ctx.recipe.dgrad, ctx.recipe.wgrad
+        seed = new_seed(dy.device) if ctx.recipe.is_stochastic else None
         if ctx.needs_input_grad[0] and dgrad is None:
             dx = torch._grouped_mm(dy, w.mT, offs=offs)
         elif ctx.needs_input_grad[0]:
-            dx = gemm_grouped.grouped_mm(dy, w, offs, dgrad)
+            dx = gemm_grouped.grouped_mm(dy, w, offs, dgrad, seed=seed)
         if ctx.needs_input_grad[1] and wgrad is None:
             dw = torch._grouped_mm(x.t(), dy, offs=offs)
         elif ctx.needs_input_grad[1]:
-            dw = gemm_grouped.grouped_mm_t(dy, x, offs, wgrad).mT  # of [E, N, K]
+            dw = gemm_grouped.grouped_mm_t(dy, x, offs, wgrad, seed=seed).mT  # of [E, N, K]
         return dx, dw, None, None
 
 

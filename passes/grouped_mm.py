@@ -9,13 +9,13 @@ they lie comes with the gradient's copy, since X's may be made in the forward. W
 run: ``lpcompile.placement``.
 """
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
 from torch import fx
 
-from lpcompile import gemm, gemm_grouped, placement
+from lpcompile import draws, gemm, gemm_grouped, placement
 from lpcompile.graph import aten, emit, meta_of, peel, replace
 from lpcompile.recipes import Gemm, Operand
 from lpcompile.select import Choice
@@ -28,16 +28,16 @@ def rewrite(choices: list[tuple[Site, Choice]], late: Container[fx.Node]) -> int
     late: wgrads whose X is quantized in the backward.
     """
     chosen = [(s, c.gemm) for s, c in choices if c.gemm is not None and s.grouping]
-    for site, how in chosen:
-        _rewrite(site, how, site.node in late)
+    seed = draws.seed(chosen)
+    for site, how, draw in draws.numbered(chosen):
+        _rewrite(site, how, partial(_quantize, site, site.node in late, draw, seed))
     return len(chosen)
 
 
-def _rewrite(site: Site, how: Gemm, late: bool) -> None:
+def _rewrite(site: Site, how: Gemm, quantize: Callable[..., Any]) -> None:
     node = site.node
     out_dtype, cast = placement.out_dtype(site)
     roles = (how.lhs, how.rhs) if site.lhs_is_first else (how.rhs, how.lhs)
-    quantize = partial(_quantize, site, late)
     if site.grouping == "batch":
         sides: list[Any] = [quantize(side, operand) for side, operand in enumerate(roles)]
         offs = None
@@ -62,28 +62,35 @@ def _rewrite(site: Site, how: Gemm, late: bool) -> None:
         placement.fold(cast, out)
 
 
-def _quantize(site: Site, late: bool, side: int, how: Operand) -> Any:
+def _quantize(
+    site: Site, late: bool, draw: int, seed: fx.Node | None, side: int, how: Operand
+) -> Any:
     """One operand, narrowed, with the contraction last."""
     node, operand = site.node, operands(site.node)[side]
     is_second = (side == 1) == site.lhs_is_first  # W, W and X in fprop, dgrad and wgrad
     meta = placement.quantize_meta(site, operand, is_second, late)
     x, transposed = peel(operand)
+    drawn = (seed,) if how.rounding == "stochastic" else ()
     if site.grouping == "batch" or (is_second and site.product != "wgrad"):
-        call = partial(gemm.quantize, operand=how, transpose=transposed != (side == 1))
-        return emit(node, call, x, meta=meta)
+        call = partial(_matrices, how, transposed != (side == 1), draw)
+        return emit(node, call, x, *drawn, meta=meta)
     offs = site.offs
     if site.product != "wgrad":
-        return emit(node, partial(_tokens, how), operand, offs, meta=meta)
+        return emit(node, partial(_tokens, how, draw), operand, offs, *drawn, meta=meta)
     if side == 1:
         x = operand  # [T, C] as it is
     elif not transposed:
         x = emit(node, aten.permute.default, operand, [1, 0], meta=meta)
-    return emit(node, partial(_groups_t, how), x, offs, meta=meta)
+    return emit(node, partial(_groups_t, how, draw), x, offs, *drawn, meta=meta)
 
 
-def _tokens(how: Operand, x: Any, offs: Any) -> Any:
-    return gemm_grouped.quantize_tokens(x, how, offs)
+def _matrices(how: Operand, transpose: bool, draw: int, x: Any, seed: Any = None) -> Any:
+    return gemm.quantize(x, how, transpose=transpose, seed=seed, draw=draw)
 
 
-def _groups_t(how: Operand, x: Any, offs: Any) -> Any:
-    return gemm_grouped.quantize_groups_t(x, how, offs)
+def _tokens(how: Operand, draw: int, x: Any, offs: Any, seed: Any = None) -> Any:
+    return gemm_grouped.quantize_tokens(x, how, offs, seed, draw)
+
+
+def _groups_t(how: Operand, draw: int, x: Any, offs: Any, seed: Any = None) -> Any:
+    return gemm_grouped.quantize_groups_t(x, how, offs, seed, draw)

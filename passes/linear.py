@@ -11,21 +11,10 @@ from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
-import torch
 from torch import fx
 
-from lpcompile import gemm, placement
-from lpcompile.graph import (
-    BACKWARD,
-    aten,
-    call,
-    emit,
-    meta_of,
-    peel,
-    replace,
-    shape,
-    value,
-)
+from lpcompile import draws, gemm, placement
+from lpcompile.graph import aten, emit, meta_of, peel, replace, shape
 from lpcompile.recipes import Gemm
 from lpcompile.select import Choice
 from lpcompile.sites import Site, operands
@@ -37,35 +26,10 @@ def rewrite(choices: list[tuple[Site, Choice]], late: Container[fx.Node]) -> int
     late: wgrads whose X is quantized in the backward.
     """
     chosen = [(s, c.gemm) for s, c in choices if c.gemm is not None and not s.grouping]
-    seed = _seed(chosen)
-    draws: dict[fx.Node, int] = {}
-    for site, how in chosen:
-        # Two draws a linear, for its dgrad and its wgrad, as lpcompile.linear has them.
-        linear = draws.setdefault((site.forward or site).node, len(draws))
-        draw = 2 * linear + (site.product == "wgrad")
+    seed = draws.seed(chosen)
+    for site, how, draw in draws.numbered(chosen):
         _rewrite(site, how, site.node in late, partial(gemm.quantize, draw=draw), seed)
     return len(chosen)
-
-
-def _seed(chosen: list[tuple[Site, Gemm]]) -> fx.Node | None:
-    """One seed for the stochastic roundings of a graph, drawn in each backward, or None."""
-    first = next((s.node for s, how in chosen if how.lhs.rounding == "stochastic"), None)
-    if first is None:
-        return None
-    made = value(first)
-    fake_mode: Any = made.fake_mode  # type: ignore[attr-defined]
-    with first.graph.inserting_before(first):
-        seed = call(
-            first.graph,
-            fake_mode,
-            aten.randint.default,
-            gemm.HIGHEST_SEED,
-            [1],
-            dtype=torch.int64,
-            device=made.device,
-        )
-    seed.meta.update(meta_of(first, partitioner_tag=BACKWARD))
-    return seed
 
 
 def _rewrite(

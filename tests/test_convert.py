@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import lpcompile
-from lpcompile import experts
 from lpcompile.errors import LowPrecisionError, RuleError, ShapeError
 from lpcompile.options import Rule
 from lpcompile.recipes import RECIPES
@@ -95,9 +94,6 @@ def test_a_converted_linear_has_the_bits_of_a_compiled_one(recipe, bias, device)
     assert not torch.equal(made[0], bf16[0])
 
 
-EXPERTS_LEFT = experts.obstacles(RECIPES["mxfp8"]).get("fprop", "")
-
-
 def test_what_is_left_alone_is_named_with_its_reason():
     m = Model().bfloat16()
     report = lpcompile.convert(m, "mxfp8_wgrad_bf16", rules=[Rule("layers.*", "bf16", last=1)])
@@ -105,7 +101,6 @@ def test_what_is_left_alone_is_named_with_its_reason():
     assert why == {
         "layers.2.up": "rule 'layers.*'",
         "layers.2.down": "rule 'layers.*'",
-        "experts": EXPERTS_LEFT,
         "experts.router": "a router: it has a row for each of the experts beside it",
         "gate": "n=8 is below 16",
         "mixer.out_proj": "a NonDynamicallyQuantizableLinear, which may use its weight without "
@@ -113,10 +108,11 @@ def test_what_is_left_alone_is_named_with_its_reason():
         "head": "an LM head: it has a row for each row of an embedding",
     }
     done = {(r.module, r.product): (r.n, r.k, r.recipe) for r in report.rows if r.rewritten}
+    sizes = {f"layers.{i}.up": (64, 32) for i in range(2)}
+    sizes |= {f"layers.{i}.down": (32, 64) for i in range(2)} | {"experts": (32, 32)}
     assert done == {
-        (f"layers.{i}.{name}", product): (*sizes, "mxfp8_wgrad_bf16")
-        for i in range(2)
-        for name, sizes in {"up": (64, 32), "down": (32, 64)}.items()
+        (name, product): (*size, "mxfp8_wgrad_bf16")
+        for name, size in sizes.items()
         for product in ("fprop", "dgrad")
     }
     assert {r.reason for r in report.rows if (r.module, r.product) == ("layers.0.up", "wgrad")} == {
@@ -150,19 +146,20 @@ def test_parameters_keys_and_hooks_are_those_of_before():
     assert {type(p) for p in m.parameters()} == {nn.Parameter}
 
 
-def test_converted_experts_have_the_bits_of_grouped_mm_and_are_copied_and_pickled():
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8", "nvfp4"])
+def test_converted_experts_have_the_bits_of_grouped_mm_and_are_copied_and_pickled(recipe):
     m = Experts().bfloat16()
     x = torch.randn(64, 32).bfloat16()
     plain = m(x)
     keys = list(m.state_dict())
-    report = lpcompile.convert(m, "fp8_rowwise")
+    report = lpcompile.convert(m, recipe)
     done = {(r.module, r.product) for r in report.rows if r.rewritten}
     assert done == {("", product) for product in ("fprop", "dgrad", "wgrad")}
     assert list(m.state_dict()) == keys
     weight, expert = m.router(x).softmax(-1).max(-1)
     order = expert.argsort(stable=True)
     offs = torch.bincount(expert, minlength=24).cumsum(0).int()
-    y = lpcompile.grouped_mm(x[order], m.weights.mT, offs, recipe="fp8_rowwise")
+    y = lpcompile.grouped_mm(x[order], m.weights.mT, offs, recipe=recipe)
     assert torch.equal(m(x), weight[:, None] * y[order.argsort()])
     for twin in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
         assert torch.equal(twin(x), m(x))

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import to_nearest
 from torch import nn
 from torch._inductor import config
 from torch.overrides import TorchFunctionMode
@@ -20,7 +21,11 @@ from lpcompile.pipeline import observe
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 close = per_column(0.02)
-RECIPES = ["fp8_rowwise", "fp8_tensorwise", "fp8_blockwise"]
+# To nearest: the oracle draws a seed for every product, the graph one for all of a kind.
+RECIPES = {
+    name: to_nearest(lpcompile.RECIPES[name])
+    for name in ("fp8_rowwise", "fp8_tensorwise", "fp8_blockwise", "mxfp8", "nvfp4")
+}
 DIM, HIDDEN, HEADS, TOKENS = 64, 32, 4, 24
 SHARED = {
     "vocab_size": 128,
@@ -216,12 +221,19 @@ def hugging_face(name, **kwargs):
 OTHER_BOUNDS = {("gpt_oss", "cuda"): per_column(0.04)}
 
 
+def bound(name, recipe, device):
+    """What a last place of a gradient may move; a code of 4 bits is a step of up to a third."""
+    if (recipe, device) == ("nvfp4", "cuda"):
+        return per_column(0.2)
+    return OTHER_BOUNDS.get((name, device), close)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_a_hugging_face_block_has_the_oracles_gradients(name, recipe, device):
     model, experts = hugging_face(name, whole=False)
-    check(model, recipe, experts, 2, device, close=OTHER_BOUNDS.get((name, device), close))
+    check(model, RECIPES[recipe], experts, 2, device, close=bound(name, recipe, device))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -267,7 +279,8 @@ def test_torchtitans_block_is_the_weighted_sum_of_its_experts(name):
 @pytest.mark.parametrize("name", TORCHTITAN)
 def test_torchtitans_block_has_the_oracles_gradients(name, recipe, device):
     torch.manual_seed(0)
-    check(MoE(TORCHTITAN[name], DIM, HIDDEN).bfloat16(), recipe, 8, 3, device)
+    model = MoE(TORCHTITAN[name], DIM, HIDDEN).bfloat16()
+    check(model, RECIPES[recipe], 8, 3, device, close=bound(name, recipe, device))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -281,7 +294,9 @@ def test_torchtitans_experts_of_fp32_weights_have_the_oracles_gradients(device):
 def test_a_loop_over_experts_has_the_oracles_gradients(recipe, device):
     torch.manual_seed(0)
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        check(LoopedMoE().bfloat16(), recipe, 8, 3, device)
+        check(
+            LoopedMoE().bfloat16(), RECIPES[recipe], 8, 3, device, close=bound("", recipe, device)
+        )
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
@@ -293,13 +308,19 @@ def test_tokens_are_quantized_before_they_are_gathered(name):
     assert sum(c.counts["hoist"] for c in compiles) == 3
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_hugging_face_layer_has_the_oracles_gradients_through_inductor(device):
+@pytest.mark.parametrize(
+    ("recipe", "device"),
+    [
+        ("fp8_rowwise", "cpu"),
+        *(pytest.param(r, "cuda", marks=pytest.mark.gpu) for r in ("fp8_rowwise", "mxfp8")),
+    ],
+)
+def test_a_hugging_face_layer_has_the_oracles_gradients_through_inductor(recipe, device):
     model, experts = hugging_face("qwen3_moe")
     # Fused, a producer's rounding to bf16 falls away and codes move: compared with it kept.
     options = {"codegen": "inductor", "emulate_precision_casts": True}
     with config.patch(force_disable_caches=True):  # on a hit no pass runs
-        check(model, "fp8_rowwise", experts, 2, device, close=whole_layer, **options)
+        check(model, RECIPES[recipe], experts, 2, device, close=whole_layer, **options)
 
 
 def test_batched_mm_of_hugging_face_stays_bf16_with_the_reason():

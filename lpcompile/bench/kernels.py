@@ -81,6 +81,32 @@ def _grouped_blocks(x: Tensor) -> tuple[Any, ...]:
     return (x, _ends(x.shape[0], x.device), E4M3, True)
 
 
+def _grouped_micro(x: Tensor) -> tuple[Any, ...]:
+    return (x, _ends(x.shape[0], x.device), E4M3, False)
+
+
+def _grouped_alone(x: Tensor) -> tuple[Any, ...]:
+    return (*_grouped(x), None)
+
+
+def _grouped_signs(x: Tensor) -> tuple[Any, ...]:
+    return (*_grouped(x), ops.hadamard.SIGNS)
+
+
+def _grouped_nearest(x: Tensor) -> tuple[Any, ...]:
+    amax = ops.amax_group.op(*_grouped_alone(x))
+    return (x, amax, _ends(x.shape[0], x.device), None, None, 0)
+
+
+def _grouped_transformed(x: Tensor) -> tuple[Any, ...]:
+    amax = ops.amax_group.op(*_grouped_signs(x))
+    return (x, amax, _ends(x.shape[0], x.device), ops.hadamard.SIGNS, None, 0)
+
+
+def _grouped_stochastic(x: Tensor) -> tuple[Any, ...]:
+    return (*_grouped_transformed(x)[:4], gemm.new_seed(x.device), 0)
+
+
 def _grouped_scales(x: Tensor) -> tuple[Any, ...]:
     scales = _scales(x)
     return (scales, _ends(scales.shape[0], x.device))
@@ -141,6 +167,7 @@ def _amax_micro(x: Tensor) -> tuple[Any, ...]:
 KERNELS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
     ops.amax_column: _alone,
     ops.amax_column_grouped: _grouped,
+    ops.amax_group: _grouped_alone,
     ops.amax_tensor: _alone,
     ops.amax_tensor_grouped: _grouped,
     ops.dequantize: _dequantized,
@@ -161,10 +188,12 @@ KERNELS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
     ops.quantize_fp8_tensor: _with_amax,
     ops.quantize_fp8_tensor_t: _with_amax,
     ops.quantize_mxfp8: _micro,
+    ops.quantize_mxfp8_grouped_t: _grouped_micro,
     ops.quantize_mxfp8_square: _micro,
     ops.quantize_mxfp8_square_t: _micro,
     ops.quantize_mxfp8_t: _micro,
     ops.quantize_nvfp4: _nearest,
+    ops.quantize_nvfp4_grouped_t: _grouped_nearest,
     ops.quantize_nvfp4_square: _nearest,
     ops.quantize_nvfp4_square_t: _nearest,
     ops.quantize_nvfp4_t: _nearest,
@@ -176,7 +205,10 @@ KERNELS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
 # Ops again, and what is special about their arguments.
 MORE: tuple[tuple[Any, str, Callable[[Tensor], tuple[Any, ...]]], ...] = (
     (ops.dequantize, "nvfp4", lambda x: ops.quantize_nvfp4.op(*_nearest(x))),
+    (ops.amax_group, "hadamard", _grouped_signs),
     (ops.quantize_nvfp4, "stochastic", _stochastic),
+    (ops.quantize_nvfp4_grouped_t, "hadamard", _grouped_transformed),
+    (ops.quantize_nvfp4_grouped_t, "hadamard stochastic", _grouped_stochastic),
     (ops.quantize_nvfp4_t, "stochastic", _stochastic),
     (ops.fused_cast_micro, "nvfp4", lambda x: _cast_micro(x, "0 n 1 nearest swizzled")),
     (ops.fused_cast_micro, "nvfp4 hadamard", lambda x: _cast_micro(x, "0 h 1 nearest swizzled")),

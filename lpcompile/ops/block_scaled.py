@@ -93,8 +93,8 @@ def arguments(a: Side, b: Side, out_dtype: torch.dtype) -> dict[str, Any]:
     scale_a, recipe, swizzles = _scaling(a)
     scale_b, _, _ = _scaling(b)
     return {
-        "self": _typed(a.values),
-        "mat2": _typed(values).t(),
+        "self": typed(a.values),
+        "mat2": typed(values).t(),
         "scale_a": scale_a,
         "recipe_a": recipe,
         "swizzle_a": swizzles,
@@ -106,7 +106,8 @@ def arguments(a: Side, b: Side, out_dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _typed(values: Tensor) -> Tensor:
+def typed(values: Tensor) -> Tensor:
+    """Values in the type that torch knows them by: bytes of two codes as float4_e2m1fn_x2."""
     return values.view(torch.float4_e2m1fn_x2) if dequantize.is_fp4(values) else values
 
 

@@ -167,7 +167,7 @@ def fill(
         a.stride(0), 0 if along_k else b.stride(0), b.stride(-2),
         *_strides(a_scale, a, along_k), *_strides(b_scale, b, along_k),
         along_k, square, blocked, fast_accum, blocked if along_k else K % BLOCK == 0,
-        BLOCK, triton.next_power_of_2(E), num_warps=8, num_stages=4,
+        BLOCK, triton.next_power_of_2(E), num_warps=8, num_stages=4 if a.itemsize == 1 else 3,
     )  # fmt: skip
 
 

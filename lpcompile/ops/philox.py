@@ -3,8 +3,8 @@
     word = the first word of Philox(key = seed, counter = (index, index >> 32, draw, 0))
 
 ``index`` is the logical element, r * C + c of the operand [R, C] that is quantized (of a stack,
-after those of the matrices before): a draw depends on no launch grid, no tile and no device;
-``draw`` tells apart the ops that share a seed.
+after those of the matrices before), so that a draw depends on no launch grid, no tile and no
+device; ``draw`` tells apart the ops that share a seed.
 """
 
 from collections.abc import Sequence

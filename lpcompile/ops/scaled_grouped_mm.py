@@ -11,7 +11,9 @@ blocks of 128 ([T, K / 128]; [E, N, K / 128], or [E, N / 128, K / 128] of a weig
 Rows of [T, N] past offs[-1] are whatever they are. offs of wgrad are the quantizer's offs_padded.
 
 Hopper's CUTLASS grouped GEMM, through aten, has e4m3 and row scales only (torch 2.11); a tensor
-scale is a row scale repeated. ``grouped_gemm``, in Triton, does the rest.
+scale is a row scale repeated. ``grouped_gemm``, in Triton, does the rest. MXFP8 and NVFP4 operands,
+told by the dtype of their scales, go to ``block_scaled_grouped``, NVFP4's with the amax of a
+tensor, [1] for all groups or [E].
 """
 
 from typing import Any
@@ -23,6 +25,9 @@ from lpcompile.ops import (
     amax_column_grouped,
     amax_tensor,
     amax_tensor_grouped,
+    block_scaled,
+    block_scaled_grouped,
+    dequantize,
     fp8,
     grouped_gemm,
     groups,
@@ -34,8 +39,8 @@ from lpcompile.ops import (
     quantize_fp8_tensor,
     scaled_mm,
 )
+from lpcompile.ops.block_scaled import Side
 from lpcompile.ops.define import ALIGN, define, per_column
-from lpcompile.ops.quantize_fp8_block import BLOCK
 
 
 def outputs(
@@ -46,6 +51,8 @@ def outputs(
     offs: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    a_amax: Tensor | None = None,
+    b_amax: Tensor | None = None,
 ) -> Tensor:
     if b.dim() == 2 and offs is not None:
         shape = (offs.shape[0], a.shape[0], b.shape[0])
@@ -62,9 +69,12 @@ def exact(
     offs: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    a_amax: Tensor | None = None,
+    b_amax: Tensor | None = None,
 ) -> Tensor:
     """The product of the dequantized operands in fp64, which every implementation must meet."""
-    return _by_groups(scaled_mm.exact, a, a_scale, b, b_scale, offs, torch.float64)
+    args = (a, a_scale, b, b_scale, offs, torch.float64, a_amax, b_amax)
+    return _by_groups(scaled_mm.exact, *args)
 
 
 def reference(
@@ -75,12 +85,23 @@ def reference(
     offs: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    a_amax: Tensor | None = None,
+    b_amax: Tensor | None = None,
 ) -> Tensor:
-    return _by_groups(scaled_mm.reference, a, a_scale, b, b_scale, offs, out_dtype)
+    args = (a, a_scale, b, b_scale, offs, out_dtype, a_amax, b_amax)
+    return _by_groups(scaled_mm.reference, *args)
 
 
 def _by_groups(
-    multiply: Any, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offs: Any, dtype: Any
+    multiply: Any,
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offs: Any,
+    dtype: Any,
+    a_amax: Tensor | None,
+    b_amax: Tensor | None,
 ) -> Tensor:
     """Every group through ``multiply``, a GEMM of two matrices; zeros past the last group."""
     made = outputs(a, a_scale, b, b_scale, offs, dtype, False).zero_()
@@ -92,10 +113,10 @@ def _by_groups(
             rows = a_scale if a_scale.shape[0] != a.shape[0] else a_scale[group]
             of_a, of_b, to = (a[group], rows), (b[e], _of_matrix(b_scale, e)), made[group]
         else:
-            of_a = a[:, group], _of_columns(a_scale, a.shape[0], e, group)
-            of_b = b[:, group], _of_columns(b_scale, b.shape[0], e, group)
+            of_a, of_b = _of_columns(a, a_scale, e, group), _of_columns(b, b_scale, e, group)
             to = made[e]
-        to.copy_(multiply(*of_a, *of_b, dtype, False))
+        amaxes = (x if x is None or x.numel() == 1 else x[e : e + 1] for x in (a_amax, b_amax))
+        to.copy_(multiply(*of_a, *of_b, dtype, False, *amaxes))
     return made
 
 
@@ -104,11 +125,15 @@ def _of_matrix(scales: Tensor, e: int) -> Tensor:
     return scales[e : e + 1] if scales.dim() == 1 else scales[e]
 
 
-def _of_columns(scales: Tensor, rows: int, e: int, group: slice) -> Tensor:
-    """The scales of a group's columns of values[rows, Tp]."""
+def _of_columns(values: Tensor, scales: Tensor, e: int, group: slice) -> tuple[Tensor, Tensor]:
+    """A group's columns of values[rows, Tp], and their scales."""
+    rows, columns = values.shape[0], dequantize.contraction(values)
+    per_byte = columns // values.shape[1]
+    mine = values[:, group.start // per_byte : group.stop // per_byte]
     if scales.dim() == 2:
-        return scales[:, group.start // BLOCK : -(-group.stop // BLOCK)]
-    return scales if scales.numel() == 1 else scales[e * rows : (e + 1) * rows]
+        block = columns // scales.shape[1]
+        return mine, scales[:, group.start // block : -(-group.stop // block)]
+    return mine, scales if scales.numel() == 1 else scales[e * rows : (e + 1) * rows]
 
 
 def launch(
@@ -119,20 +144,25 @@ def launch(
     offs: Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    a_amax: Tensor | None = None,
+    b_amax: Tensor | None = None,
 ) -> Tensor:
     if not fp8.runs_triton(a):
-        return reference(a, a_scale, b, b_scale, offs, out_dtype, fast_accum)
+        return reference(a, a_scale, b, b_scale, offs, out_dtype, fast_accum, a_amax, b_amax)
     if offs is None:
         E, M = a.shape[:2]
         offs = torch.arange(1, E + 1, device=a.device, dtype=torch.int32) * M
         rows = a_scale[:, None].expand(E, M) if a_scale.dim() == 1 else a_scale
         args = (a.flatten(0, 1), rows.flatten(0, 1), b, b_scale, offs, out_dtype, fast_accum)
-        return launch(*args).unflatten(0, (E, M))
+        return launch(*args, a_amax, b_amax).unflatten(0, (E, M))
     if not (a.shape[0] and b.shape[-2]):
         return outputs(a, a_scale, b, b_scale, offs, out_dtype, fast_accum)
     if _suits_cutlass(a, a_scale, b):
         return by_cutlass(a, a_scale, b, b_scale, offs, out_dtype, fast_accum)
     made = outputs(a, a_scale, b, b_scale, offs, out_dtype, fast_accum)
+    if a_scale.dtype in block_scaled.SCALES:
+        sides = Side(a, a_scale, a_amax), Side(b, b_scale, b_amax)
+        return block_scaled_grouped.launch(*sides, offs, made)
     grouped_gemm.fill(a, a_scale, b, b_scale, offs, made, fast_accum)
     return made
 
@@ -179,14 +209,15 @@ def by_cutlass(
 
 
 def _flops(a: Any, a_scale: Any, b: Any, b_scale: Any, offs: Any, *args: Any, **kwargs: Any) -> int:
-    """Of every row of a, as if none were past the last group."""
+    """Of every row of a, as if none were past the last group; with an amax, in two codes a byte."""
     rows = a[0] * a[1] if len(a) == 3 else a[0]
-    return 2 * rows * a[-1] * b[-2]
+    is_fp4 = len(args) > 2 and args[2] is not None
+    return 2 * rows * a[-1] * (2 if is_fp4 else 1) * b[-2]
 
 
 op = define(
     "scaled_grouped_mm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? offs,"
-    " ScalarType out_dtype, bool fast_accum) -> Tensor",
+    " ScalarType out_dtype, bool fast_accum, Tensor? a_amax=None, Tensor? b_amax=None) -> Tensor",
     outputs=outputs,
     reference=reference,
     launch=launch,
@@ -228,7 +259,8 @@ def samples(device: str) -> list[tuple[Any, ...]]:
             cases.append((a, a_scale, b, b_scale, padded, torch.float32, False))
     bad = x.clone()
     bad[5, 7] = torch.inf
-    return [*cases, (*row(bad), *row(w), ends, torch.bfloat16, False)]
+    cases.append((*row(bad), *row(w), ends, torch.bfloat16, False))
+    return [*cases, *block_scaled_grouped.samples(device)]
 
 
 def _by_row(x: Tensor, offs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,12 +10,15 @@ import torch
 import triton.language as tl
 
 from lpcompile import ops
-from lpcompile.ops import fp8, grouped_gemm
+from lpcompile.ops import block_scaled_grouped, blocks, fp8, grouped_gemm
 from lpcompile.ops.define import per_column, same_bits
 
 E4M3, WIDE = torch.float8_e4m3fn, torch.float32
 fp8.MAX[WIDE], fp8.TRITON[WIDE] = fp8.MAX[E4M3], tl.float32
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
+blocks.runs_native = lambda x: False
+dequantized = block_scaled_grouped._dequantized
+block_scaled_grouped._dequantized = lambda side: dequantized(side).float()  # for its dot
 torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=5)
 
 
@@ -46,6 +49,14 @@ def multiply(args, what):
     check(per_column(0.01)(made, expected), what)
 
 
+def multiply_blocks(args):
+    """MXFP8 and NVFP4 operands, dequantized by the reference and multiplied by the kernel."""
+    expected = ops.scaled_grouped_mm.exact(*args)
+    *operands, dtype, fast, a_amax, b_amax = args
+    made = ops.scaled_grouped_mm.launch(*operands, torch.float32, fast, a_amax, b_amax)
+    check(per_column(0.01)(made, expected), "blocks")
+
+
 def main():
     torch.manual_seed(0)
     for counts, past in (((70, 0, 128, 1, 140, 0), 21), ((0, 0), 5)):
@@ -71,6 +82,9 @@ def main():
         blocks = [ops.quantize_fp8_block_grouped_t.reference(t, ends, E4M3, True) for t in (dy, x)]
         for (a, a_scale, at), (b, b_scale, _) in (rows, blocks):
             multiply((a, a_scale, b, b_scale, at, torch.float32, False), f"wgrad {ends}")
+
+    for args in block_scaled_grouped.samples("cpu")[10:19]:  # the odd sizes
+        multiply_blocks(args)
 
 
 if __name__ == "__main__":

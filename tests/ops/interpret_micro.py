@@ -1,7 +1,7 @@
-"""Run the fused MXFP8 and NVFP4 kernels in Triton's interpreter, against their references.
+"""Run the fused and the grouped MXFP8 and NVFP4 kernels interpreted, against their references.
 
 Started by test_micro with TRITON_INTERPRET=1: every bit is right without a GPU, given torch's
-roundings in place of the interpreter's, which are wrong (triton 3.6 and 3.7).
+conversions in place of the interpreter's, which are wrong (triton 3.6 and 3.7).
 """
 
 import numpy as np
@@ -10,13 +10,15 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from lpcompile import ops
-from lpcompile.ops import blocks, fp8, fused_amax
+from lpcompile.ops import amax_group, blocks, fp8, fused_amax, hadamard
 
 convert = interpreter._convert_float
 BY_TORCH = {tl.float8e4nv: torch.float8_e4m3fn, tl.bfloat16: torch.bfloat16}
 
 
 def rounded_by_torch(x, input_dtype, output_dtype, rounding_mode):
+    if (input_dtype, output_dtype) == (tl.bfloat16, tl.float32):
+        return (x.astype(np.uint32) << 16).view(np.float32)
     if output_dtype not in BY_TORCH or input_dtype != tl.float32:
         return convert(x, input_dtype, output_dtype, rounding_mode)
     wide = torch.from_numpy(np.ascontiguousarray(x).view(np.float32))
@@ -27,6 +29,35 @@ def rounded_by_torch(x, input_dtype, output_dtype, rounding_mode):
     return narrow.view(getattr(torch, f"uint{8 * narrow.element_size()}")).numpy()
 
 
+TIES = ops.quantize_nvfp4_grouped_t.samples("cpu")[:2]
+
+
+def ragged():
+    """(module, arguments) of the kernels for ragged groups."""
+    x = torch.randn(150, 70).bfloat16()
+    x[130:] = torch.nan  # past the last group
+    tiny = x[:130] * 1e-38
+    yield from ((ops.quantize_nvfp4_grouped_t, args) for args in TIES)
+    e4m3, seed = torch.float8_e4m3fn, torch.tensor([0x0123456789ABCDEF])
+    for t, ends in ((x, (0, 1, 17, 70, 70, 130)), (tiny.t(), (10, 70)), (x, (0, 0))):
+        offs = torch.tensor(ends, dtype=torch.int32)
+        for floor in (False, True):
+            yield ops.quantize_mxfp8_grouped_t, (t, offs, e4m3, floor)
+        for signs in (None, hadamard.SIGNS):
+            yield ops.amax_group, (t, offs, signs)
+            amax = amax_group.reference(t, offs, signs)
+            for given in (None, seed):
+                yield ops.quantize_nvfp4_grouped_t, (t, amax, offs, signs, given, 7)
+
+
+def fused():
+    """The same of the fused kernels."""
+    for module in (ops.fused_amax_micro, ops.fused_cast_micro):
+        for args in module.samples("cpu"):
+            if module is ops.fused_amax_micro or all(a.isfinite() for a in args[1]):
+                yield module, args  # NVFP4 codes of NaN: its minimum keeps it, a GPU's does not
+
+
 def main():
     interpreter._convert_float = rounded_by_torch
     fp8.runs_triton = lambda x: True
@@ -34,14 +65,11 @@ def main():
     small = [s for s in fused_amax.programs("cpu") if s[0][0].shape[0] < 400]
     fused_amax.programs = lambda device: small
     count = 0
-    for module in (ops.fused_amax_micro, ops.fused_cast_micro):
-        for i, args in enumerate(module.samples("cpu")):
-            if module is ops.fused_cast_micro and any(not a.isfinite() for a in args[1]):
-                continue  # NVFP4 codes of NaN: the interpreter's minimum keeps it, a GPU's does not
-            said = module.agrees(module.launch(*args), module.reference(*args))
-            if said:
-                raise SystemExit(f"{module.__name__} {i} {args[-1]}: {said}")
-            count += 1
+    for module, args in (*fused(), *ragged()):
+        said = module.agrees(module.launch(*args), module.reference(*args))
+        if said:
+            raise SystemExit(f"{module.__name__} {args[1:]}: {said}")
+        count += 1
     print(count, "launches")
 
 

@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.torch_version import TorchVersion as Version
 
-from lpcompile import ops
-from lpcompile.ops import grouped_gemm, groups
+from lpcompile import Operand, gemm, gemm_grouped, ops
+from lpcompile.ops import grouped_gemm, groups, hadamard, philox, quantize_nvfp4
 from lpcompile.ops.define import ALIGN, per_column, round_up, same_bits
+from lpcompile.recipes import RECIPES
 
 E4M3 = torch.float8_e4m3fn
 BLOCK = grouped_gemm.BLOCK
@@ -42,6 +44,19 @@ def by_tensor(x, offs):
 
 def by_blocks(x, offs):
     return ops.quantize_fp8_block_grouped_t.op(x, offs, E4M3, True)
+
+
+MICRO = {
+    "mxfp8": Operand("mxfp8", (1, 32)),
+    "mxfp8_floor": Operand("mxfp8_floor", (1, 32)),
+    "nvfp4": Operand("nvfp4", (1, 16)),
+    "nvfp4_hadamard": Operand("nvfp4", (1, 16), hadamard=16),
+}
+
+
+def by_micro(x, offs, operand):
+    quantized, padded = gemm_grouped.quantize_groups_t(x, operand, offs)
+    return quantized.values, quantized.scales, padded
 
 
 def alone(x):
@@ -72,15 +87,60 @@ def test_every_group_is_quantized_as_it_would_be_alone(counts, past):
     assert not values.float()[~filled].any()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("operand", MICRO.values(), ids=MICRO)
+@ragged
+@given(sizes, st.integers(0, 20))
+def test_every_group_in_small_blocks_is_quantized_as_it_would_be_alone(
+    device, operand, counts, past
+):
+    offs = ends(counts, device)
+    x = tokens(sum(counts) + past, 24, device)
+    x *= 10.0 ** torch.randint(-2, 3, (len(x), 1), device=device)  # so that amaxes differ
+    x[sum(counts) :] = torch.nan
+    made, padded = gemm_grouped.quantize_groups_t(x, operand, offs)
+    per_byte = 1 if made.tensor_amax is None else 2
+    filled = torch.zeros_like(made.values, dtype=torch.bool)
+    for e, rows in enumerate(groups.slices(offs)):
+        to = groups.slices(padded)[e]
+        expected = gemm.quantize(x[rows], operand, transpose=True)
+        values = slice(to.start // per_byte, to.stop // per_byte)
+        scales = slice(to.start // operand.block[1], to.stop // operand.block[1])
+        of_group = [made.values[:, values], made.scales[:, scales]]
+        if made.tensor_amax is not None:
+            of_group.append(made.tensor_amax[e : e + 1])
+        assert same_bits(of_group, [t for t in expected if t is not None]) == ""
+        filled[:, values] = True
+    assert not made.values.view(torch.uint8)[~filled].any()
+
+
+@pytest.mark.parametrize("signs", [None, hadamard.SIGNS])
+@ragged
+@given(sizes)
+def test_a_draw_in_a_group_is_that_of_its_place_in_what_is_made(signs, counts):
+    offs, x = ends(counts), tokens(sum(counts), 24)
+    amax, seed = ops.amax_group.op(x, offs, signs), torch.tensor([11])
+    values, _, padded = ops.quantize_nvfp4_grouped_t.op(x, amax, offs, signs, seed, 3)
+    for e, rows in enumerate(groups.slices(offs)):
+        to = groups.slices(padded)[e]
+        t = x[rows].t() if signs is None else ops.hadamard.op(x[rows], signs)
+        c, at = (torch.arange(n)[:, None] for n in t.shape)
+        place = c * (2 * values.shape[1]) + to.start + at.t()
+        (word, *_) = philox.philox(seed, (place, torch.zeros_like(place), 3, 0))
+        expected, _ = quantize_nvfp4.by_blocks(t, amax[e : e + 1], word, 1)
+        assert same_bits(values[:, to.start // 2 : to.stop // 2], expected) == ""
+
+
 @ragged
 @given(sizes, st.integers(0, 20))
 def test_groups_are_padded_to_where_a_gemm_reads_them(counts, past):
     x, offs = tokens(sum(counts) + past, 8), ends(counts)
-    for made, align in ((by_rows(x, offs), ALIGN), (by_blocks(x, offs), BLOCK)):
+    micro = [(by_micro(x, offs, operand), 32) for operand in MICRO.values()]
+    for made, align in ((by_rows(x, offs), ALIGN), (by_blocks(x, offs), BLOCK), *micro):
         assert made[2].diff(prepend=torch.zeros(1, dtype=torch.int32)).tolist() == [
             round_up(n, align) for n in counts
         ]
-        assert made[2][-1] <= made[0].shape[1]
+        assert made[2][-1] <= made[0].shape[1] * (2 if made[0].dtype == torch.uint8 else 1)
 
 
 @ragged
@@ -89,14 +149,16 @@ def test_the_rows_of_the_last_group_are_all_that_counts(counts):
     offs = ends(counts)
     x = tokens(sum(counts), 16)
     past = torch.cat([x, torch.full((5, 16), torch.nan, dtype=torch.bfloat16)])
-    for op in (ops.amax_column_grouped.op, ops.amax_tensor_grouped.op):
+    of_group = [partial(ops.amax_group.op, signs=signs) for signs in (None, hadamard.SIGNS)]
+    for op in (ops.amax_column_grouped.op, ops.amax_tensor_grouped.op, *of_group):
         assert same_bits(op(past, offs), op(x, offs)) == ""
-    for quantize in (by_rows, by_tensor, by_blocks):
+    micro = [partial(by_micro, operand=operand) for operand in MICRO.values()]
+    for quantize in (by_rows, by_tensor, by_blocks, *micro):
         # Tp may be longer with five rows more; what both have is the same, and the rest is zero.
         made, expected = quantize(past, offs), quantize(x, offs)
         width = expected[0].shape[1]
         assert same_bits(made[0][:, :width], expected[0]) == ""
-        assert not made[0][:, width:].float().any()
+        assert not made[0][:, width:].view(torch.uint8).any()
         assert same_bits(made[2], expected[2]) == ""
 
 
@@ -109,6 +171,14 @@ STACKED = (
     ops.quantize_fp8_block_t,
     ops.quantize_fp8_square,
     ops.quantize_fp8_square_t,
+    ops.quantize_mxfp8,
+    ops.quantize_mxfp8_t,
+    ops.quantize_mxfp8_square,
+    ops.quantize_mxfp8_square_t,
+    ops.quantize_nvfp4,
+    ops.quantize_nvfp4_t,
+    ops.quantize_nvfp4_square,
+    ops.quantize_nvfp4_square_t,
 )
 
 
@@ -117,6 +187,7 @@ STACKED = (
 @pytest.mark.parametrize("module", STACKED, ids=lambda m: m.__name__.rpartition(".")[2])
 def test_a_stack_of_weights_is_quantized_one_by_one(module, swapped, device):
     w = torch.randn(3, 136, 203, device=device, dtype=torch.bfloat16)
+    w[1] *= 8
     w = w.mT if swapped else w
     amax = {
         ops.quantize_fp8_row_t: ops.amax_column.op,
@@ -125,6 +196,8 @@ def test_a_stack_of_weights_is_quantized_one_by_one(module, swapped, device):
     }.get(module)
 
     def quantize(x):
+        if module in STACKED[12:]:
+            return module.op(x, ops.amax_tensor.op(x), None, 0)
         return module.op(x, *([amax(x)] if amax else []), E4M3, True)
 
     values, scales = quantize(w)
@@ -132,6 +205,18 @@ def test_a_stack_of_weights_is_quantized_one_by_one(module, swapped, device):
         expected = quantize(w[e])
         of_matrix = scales[e : e + 1] if scales.dim() == 1 else scales[e]
         assert same_bits((values[e], of_matrix), expected) == ""
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_matrices_of_a_stack_are_rounded_by_draws_of_their_own(device):
+    x = tokens(40, 64, device).expand(3, -1, -1)
+    amax, seed = ops.amax_tensor.op(x), torch.tensor([5], device=device)
+    values, scales = ops.quantize_nvfp4.op(x, amax, seed, 1)
+    assert same_bits(scales[1], scales[0]) == ""
+    first, _ = ops.quantize_nvfp4.op(x[0], amax[:1], seed, 1)
+    assert same_bits(values[0], first) == ""
+    differ = (values[None] != values[:, None]).float().mean((2, 3))
+    assert bool((differ + torch.eye(3, device=device) > 0.1).all())
 
 
 @pytest.mark.skipif(
@@ -165,7 +250,8 @@ def per_group(made, expected, magnitude, offs, bound=0.01):
 def magnitudes(args):
     """The product of the operands' magnitudes, in fp64."""
     a, a_scale, b, b_scale, *rest = args
-    a, b = ((t.view(torch.uint8) & 0x7F).view(t.dtype) for t in (a, b))
+    unsigned = 0x77 if a.dtype == torch.uint8 else 0x7F
+    a, b = ((t.view(torch.uint8) & unsigned).view(t.dtype) for t in (a, b))
     return ops.scaled_grouped_mm.exact(a, a_scale, b, b_scale, *rest)
 
 
@@ -179,6 +265,26 @@ def shapes(seed):
     unit = rng.choice([1, 8, 16, 128])
     N, K = (unit * rng.randrange(1, 1 + 640 // unit) for _ in range(2))
     return E, sum(counts) + rng.choice([0, 0, 37]), N, K, counts
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+def test_each_group_is_under_the_scales_of_its_own_operands(name, device):
+    """Groups and experts of magnitudes far apart: another's tensor scale would show."""
+    recipe, counts = RECIPES[name], (20, 0, 37, 1, 150)
+    offs, N, K, T = ends(counts, device), 48, 72, sum(counts)
+    size = 10.0 ** torch.arange(-6, 4, 2, device=device)
+    each = size.repeat_interleave(torch.tensor(counts, device=device))[:, None]
+    x, dy = tokens(T, K, device), tokens(T, N, device)
+    w = (torch.randn(5, N, K, device=device) * size[:, None, None]).bfloat16()
+    y = gemm_grouped.grouped_mm(x, w, offs, recipe.fprop)
+    dw = gemm_grouped.grouped_mm_t(dy * each.bfloat16(), x, offs, recipe.wgrad)
+    exact = torch._grouped_mm(x, w.mT, offs=offs)
+    for e, rows in enumerate(groups.slices(offs)):
+        true = dy[rows].double().t() @ x[rows].double()
+        for made, expected in ((y[rows], exact[rows]), (dw[e], true * size[e])):
+            error = (made.double() - expected.double()).norm()
+            assert error <= 0.5 * expected.double().norm(), (e, error)
 
 
 OPERANDS = {
@@ -216,6 +322,35 @@ def test_every_column_of_every_group_is_right(seed, kind):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+@pytest.mark.parametrize("seed", range(40))
+def test_every_column_of_every_group_in_small_blocks_is_right(seed, name):
+    E, T, N, K, counts = shapes(seed)
+    offs, recipe = ends(counts, "cuda"), RECIPES[name]
+    x, dy = tokens(T, K, "cuda"), tokens(T, N, "cuda")
+    x[sum(counts) :], dy[sum(counts) :] = torch.nan, torch.inf
+    w = torch.randn(E, N, K, device="cuda", dtype=torch.bfloat16)
+    for a, how, transpose in ((x, recipe.fprop, False), (dy, recipe.dgrad, True)):
+        lhs = gemm_grouped.quantize_tokens(a, how.lhs, offs)
+        rhs = gemm.quantize(w, how.rhs, transpose=transpose)
+        args = arguments(lhs, rhs, offs)
+        expected = ops.scaled_grouped_mm.exact(*args)
+        made = ops.scaled_grouped_mm.op(*args)
+        assert per_group(made, expected, magnitudes(args), offs) == ""
+    lhs, padded = gemm_grouped.quantize_groups_t(dy, recipe.wgrad.lhs, offs)
+    rhs, _ = gemm_grouped.quantize_groups_t(x, recipe.wgrad.rhs, offs)
+    args = arguments(lhs, rhs, padded)
+    made, expected = ops.scaled_grouped_mm.op(*args), ops.scaled_grouped_mm.exact(*args)
+    assert per_column(0.01)(made, expected) == ""
+
+
+def arguments(a, b, offs):
+    """Of ``scaled_grouped_mm``."""
+    how = (offs, torch.bfloat16, False, a.tensor_amax, b.tensor_amax)
+    return (a.values, a.scales, b.values, b.scales, *how)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(40))
 def test_the_quantizers_of_ragged_groups_equal_their_references(seed):
     _, T, _, C, counts = shapes(seed)
@@ -227,5 +362,13 @@ def test_the_quantizers_of_ragged_groups_equal_their_references(seed):
         args = (x, amax, offs, E4M3, amax.dim() == 2)
         module = ops.quantize_fp8_grouped_t
         assert same_bits(module.op(*args), module.reference(*args)) == ""
-    module = ops.quantize_fp8_block_grouped_t
-    assert same_bits(module.op(x, offs, E4M3, True), module.reference(x, offs, E4M3, True)) == ""
+    for module in (ops.quantize_fp8_block_grouped_t, ops.quantize_mxfp8_grouped_t):
+        args = (x, offs, E4M3, True)
+        assert same_bits(module.op(*args), module.reference(*args)) == ""
+    for signs in (None, hadamard.SIGNS):
+        amax = ops.amax_group.op(x, offs, signs)
+        assert same_bits(amax, ops.amax_group.reference(x, offs, signs)) == ""
+        for of_draws in (None, torch.tensor([seed], device="cuda")):
+            args = (x, amax, offs, signs, of_draws, 2)
+            module = ops.quantize_nvfp4_grouped_t
+            assert same_bits(module.op(*args), module.reference(*args)) == ""

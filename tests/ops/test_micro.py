@@ -1,4 +1,4 @@
-"""Fused MXFP8 and NVFP4 kernels without a GPU: interpreted to the bit, and assembled."""
+"""Fused and grouped MXFP8 and NVFP4 kernels without a GPU: interpreted, and assembled."""
 
 import os
 import re
@@ -93,7 +93,7 @@ def test_every_kernel_gives_its_references_bits_in_the_interpreter():
         timeout=300,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert int(run.stdout.split()[0]) >= 29
+    assert int(run.stdout.split()[0]) >= 55
 
 
 def test_a_form_reads_its_own_text_back():

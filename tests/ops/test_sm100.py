@@ -16,8 +16,11 @@ from lpcompile import ops
 from lpcompile.ops import block_scaled, blocks, fp8, hadamard, quantize_nvfp4
 
 KERNELS = (
+    ops.amax_group,
     ops.quantize_mxfp8,
+    ops.quantize_mxfp8_grouped_t,
     ops.quantize_nvfp4,
+    ops.quantize_nvfp4_grouped_t,
     ops.hadamard,
     ops.swizzle,
     ops.swizzle_grouped,
@@ -83,7 +86,8 @@ def assemble(monkeypatch):
 
 X = torch.zeros(256, 512, dtype=torch.bfloat16)
 ODD = torch.zeros(37, 203, dtype=torch.bfloat16)
-AMAX = torch.ones(1)
+AMAX, AMAXES = torch.ones(1), torch.ones(3)
+SIGNS = hadamard.SIGNS
 SEED = torch.ones(1, dtype=torch.int64)
 SCALES = torch.zeros(256, 32, dtype=torch.uint8)
 OFFS = torch.tensor([100, 100, 256], dtype=torch.int32)
@@ -111,8 +115,22 @@ CASES = {
     "nvfp4_stochastic": (ops.quantize_nvfp4, (X, *STOCHASTIC), E2M1_STOCHASTIC),
     "nvfp4_stochastic_odd": (ops.quantize_nvfp4, (ODD, *STOCHASTIC), E2M1_STOCHASTIC),
     "nvfp4_stochastic_t": (ops.quantize_nvfp4_t, (X, *STOCHASTIC), E2M1_STOCHASTIC),
-    "hadamard": (ops.hadamard, (X, hadamard.SIGNS), NO_CONVERSION),
-    "hadamard_strided": (ops.hadamard, (ODD.t(), hadamard.SIGNS), NO_CONVERSION),
+    "mxfp8_experts": (ops.quantize_mxfp8_square, (X.view(2, 128, 512), *RCEIL), E8M0),
+    "nvfp4_experts": (ops.quantize_nvfp4_square_t, (X.view(1, 256, 512), *NEAREST), E2M1),
+    "mxfp8_grouped_t": (ops.quantize_mxfp8_grouped_t, (X, OFFS, *RCEIL), E8M0),
+    "mxfp8_grouped_t_floor": (ops.quantize_mxfp8_grouped_t, (X, OFFS, *FLOOR), NO_CONVERSION),
+    "nvfp4_grouped_t": (ops.quantize_nvfp4_grouped_t, (X, AMAXES, OFFS, None, None, 0), E2M1),
+    "nvfp4_grouped_h": (ops.quantize_nvfp4_grouped_t, (X, AMAXES, OFFS, SIGNS, None, 0), E2M1),
+    "nvfp4_grouped_h_stochastic": (
+        ops.quantize_nvfp4_grouped_t,
+        (X, AMAXES, OFFS, SIGNS, SEED, 3),
+        E2M1_STOCHASTIC,
+    ),
+    "mxfp8_grouped_strided": (ops.quantize_mxfp8_grouped_t, (ODD.t(), OFFS, *RCEIL), E8M0),
+    "amax_group": (ops.amax_group, (X, OFFS, None), NO_CONVERSION),
+    "amax_group_h": (ops.amax_group, (X, OFFS, SIGNS), NO_CONVERSION),
+    "hadamard": (ops.hadamard, (X, SIGNS), NO_CONVERSION),
+    "hadamard_strided": (ops.hadamard, (ODD.t(), SIGNS), NO_CONVERSION),
     "swizzle": (ops.swizzle, (SCALES,), NO_CONVERSION),
     "swizzle_experts": (ops.swizzle_experts, (SCALES.view(2, 128, 32),), NO_CONVERSION),
     "swizzle_grouped": (ops.swizzle_grouped, (SCALES, OFFS), NO_CONVERSION),

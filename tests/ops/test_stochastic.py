@@ -23,16 +23,22 @@ def draws(device, op=ops.quantize_nvfp4, seed=1, draw=0):
     """Each of VALUES rounded DRAWS times under a scale of 1: [DRAWS, 48] fp64 on the CPU."""
     x = torch.tensor(VALUES, device=device).flatten().to(torch.bfloat16).expand(DRAWS, -1)
     assert torch.equal(x[0].cpu().double(), torch.tensor(VALUES, dtype=torch.float64).flatten())
-    if op is ops.quantize_nvfp4_t:
-        x = x.t()
     amax, seed = torch.tensor([2688.0], device=device), torch.tensor([seed], device=device)
-    values, scales = op.op(x, amax, seed, draw)
+    if op is ops.quantize_nvfp4_grouped_t:
+        offs = torch.tensor([48], device=device, dtype=torch.int32)
+        values, scales, _ = op.op(x.t(), amax, offs, None, seed, draw)
+    else:
+        values, scales = op.op(x.t() if op is ops.quantize_nvfp4_t else x, amax, seed, draw)
     assert bool((scales.float()[:, :3] == 1).all())
     return fp4.unpack(values)[:, :48].double().cpu()
 
 
 @on_devices
-@pytest.mark.parametrize("op", [ops.quantize_nvfp4, ops.quantize_nvfp4_t], ids=["plain", "t"])
+@pytest.mark.parametrize(
+    "op",
+    [ops.quantize_nvfp4, ops.quantize_nvfp4_t, ops.quantize_nvfp4_grouped_t],
+    ids=["plain", "t", "grouped_t"],
+)
 def test_the_mean_of_4096_draws_is_the_value(op, device):
     x = torch.tensor(VALUES, dtype=torch.float64).flatten()
     below = torch.searchsorted(GRID, x.abs(), right=True) - 1

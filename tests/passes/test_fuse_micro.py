@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import FFN
 
 from lpcompile import ops, pipeline
@@ -13,11 +14,26 @@ MICRO = [n for n, r in RECIPES.items() if r.dgrad is not None and r.dgrad.lhs.fm
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def step(recipe, device, monkeypatch, fused):
+class WithExperts(torch.nn.Module):
+    """Experts and a shared one that read the same rows, made by a pointwise op."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = torch.nn.Linear(64, 48, bias=False)
+        self.weights = torch.nn.Parameter(torch.randn(3, 48, 64) / 8)
+        self.register_buffer("offs", torch.tensor([30, 30, 71], dtype=torch.int32))
+
+    def forward(self, x):
+        rows = torch.tanh(x).flatten(0, 1)
+        y = F.grouped_mm(rows, self.weights.mT, offs=self.offs)[:71]
+        return y * torch.sigmoid(y) + self.shared(rows)[:71]
+
+
+def step(recipe, device, monkeypatch, fused, model=FFN):
     """Output and gradients, the calls of each op of ours, and how many quantizes were merged."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    m = FFN().to(device).bfloat16()
+    m = model().to(device).bfloat16()
     x = torch.randn(2, 40, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
     calls = []
     with monkeypatch.context() as patch, observe() as compiles:
@@ -54,6 +70,17 @@ def test_fused_gradients_are_those_of_the_chain_to_the_bit(recipe, device, monke
         torch.equal if device == "cpu" else lambda a, b: torch.allclose(a, b, rtol=0.1, atol=0.1)
     )
     assert [i for i, (a, b) in enumerate(zip(made, chain, strict=True)) if not close(a, b)] == []
+
+
+@pytest.mark.parametrize("recipe", MICRO)
+def test_what_experts_read_too_keeps_its_bits(recipe, monkeypatch):
+    made, calls, count = step(recipe, "cpu", monkeypatch, True, WithExperts)
+    chain, _, _ = step(recipe, "cpu", monkeypatch, False, WithExperts)
+    assert count >= 2
+    assert calls.count(ops.scaled_grouped_mm.op) == (3 if RECIPES[recipe].wgrad else 2)
+    assert [
+        i for i, (a, b) in enumerate(zip(made, chain, strict=True)) if not torch.equal(a, b)
+    ] == []
 
 
 def test_no_transform_and_no_swizzle_of_an_activation_is_left(monkeypatch):

@@ -1,0 +1,87 @@
+"""The largest magnitude of every group: x[T, C] bf16, offs[E] -> amax[E] fp32.
+
+Of x itself, or, given ``signs``, of what ``hadamard`` makes of a group's rows: NVFP4 scales each
+group of an operand of wgrad on top of its blocks. Rows past offs[-1] count nowhere, an empty
+group's amax is 0. NaN above Inf above all, as in ``amax_tensor``.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lpcompile.ops import amax_column_grouped, amax_tensor, fp8, group_tile, groups, hadamard
+from lpcompile.ops.define import define, same_bits
+
+
+def outputs(x: Tensor, offs: Tensor, signs: int | None) -> Tensor:
+    return x.new_empty(offs.shape, dtype=torch.float32)
+
+
+def reference(x: Tensor, offs: Tensor, signs: int | None) -> Tensor:
+    each = [x[rows] for rows in groups.slices(offs)]
+    if signs is not None:
+        each = [hadamard.reference(one, signs) for one in each]
+    return torch.cat([amax_tensor.reference(one) for one in each])
+
+
+@triton.jit
+def kernel(
+    x_ptr,
+    offs_ptr,
+    amax_ptr,
+    E,
+    C,
+    stride_t,
+    stride_c,
+    SIGNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    EP: tl.constexpr,
+):
+    starts, ends = groups.load(offs_ptr, E, EP)
+    group, first, last, index, _ = groups.locate(tl.program_id(1), starts, ends, ROWS, 16, EP)
+    if group < E:
+        c = tl.program_id(0) * BC + tl.arange(0, BC)
+        begin = first + index * ROWS
+        best = tl.zeros([BN, BC], tl.float32)
+        for start in range(begin, tl.minimum(begin + ROWS, last), BN * 16):
+            run = start + tl.arange(0, BN) * 16
+            rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 16, SIGNS)
+            best = fp8.larger(best, group_tile.amax(rows))
+        amax = fp8.bits_of_amax(tl.reduce(tl.reduce(best, 0, fp8.larger), 0, fp8.larger))
+        tl.atomic_max(amax_ptr + group, amax, sem="relaxed")
+
+
+def launch(x: Tensor, offs: Tensor, signs: int | None) -> Tensor:
+    (T, C), E = x.shape, offs.shape[0]
+    amax = torch.zeros((E,), dtype=torch.float32, device=x.device)
+    if x.numel():
+        rows, BN, BC = 256, 1, 256
+        grid = (triton.cdiv(C, BC), triton.cdiv(T, rows) + E)
+        kernel[grid](
+            x, offs, amax.view(torch.int32), E, C, *x.stride(), signs,
+            rows, BN, BC, triton.next_power_of_2(E), num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return amax
+
+
+op = define(
+    "amax_group(Tensor x, Tensor offs, int? signs) -> Tensor",
+    outputs=outputs,
+    reference=reference,
+    launch=launch,
+)
+agrees = same_bits
+
+
+def samples(device: str) -> list[tuple[Any, ...]]:
+    return [
+        (x, offs, signs)
+        for x, offs, *picked in amax_column_grouped.samples(device)
+        if not picked
+        for signs in (None, hadamard.SIGNS)
+    ]

@@ -1,0 +1,128 @@
+"""Quantize each group of x.T to MXFP8: x[T, C] bf16, offs[E] -> values[C, Tp], scales...
+
+    -> values[C, Tp] e4m3, scales[C, Tp / 32] e8m0 as uint8, offs_padded[E]
+
+One scale per 32 tokens of a group: what wgrad of a grouped GEMM reads of dY and X. Every group
+begins at a multiple of 32, so that no block is of two, and the padding, made here, is zero.
+Arithmetic: ``lpcompile.ops.mx``; layout: ``lpcompile.ops.groups``.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lpcompile.ops import (
+    amax_column_grouped,
+    blocks,
+    fp8,
+    group_tile,
+    groups,
+    mx,
+    quantize_mxfp8,
+    turned,
+)
+from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.mx import BLOCK
+
+Made = tuple[Tensor, Tensor, Tensor]
+
+
+def outputs(x: Tensor, offs: Tensor, element: torch.dtype, floor: bool) -> Made:
+    C, columns = x.shape[1], groups.padded_length(x.shape[0], offs.shape[0], BLOCK)
+    return (
+        x.new_empty((C, columns), dtype=element),
+        x.new_empty((C, columns // BLOCK), dtype=torch.uint8),
+        torch.empty_like(offs),
+    )
+
+
+def reference(x: Tensor, offs: Tensor, element: torch.dtype, floor: bool) -> Made:
+    values, scales, _ = outputs(x, offs, element, floor)
+    values.view(torch.uint8).zero_(), scales.zero_()
+    padded = groups.padded_ends(offs, BLOCK)
+    for rows, to in zip(groups.slices(offs), groups.slices(padded), strict=True):
+        made, over = quantize_mxfp8.by_blocks(x[rows].t(), 1, element, floor)
+        values[:, to] = made
+        scales[:, to.start // BLOCK : to.stop // BLOCK] = over
+    return values, scales, padded
+
+
+@triton.jit
+def kernel(
+    x_ptr,
+    offs_ptr,
+    values_ptr,
+    scales_ptr,
+    padded_ptr,
+    E,
+    C,
+    TP,
+    stride_t,
+    stride_c,
+    LIMIT: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    FLOOR: tl.constexpr,
+    NATIVE: tl.constexpr,
+    BN: tl.constexpr,  # blocks along tokens
+    BC: tl.constexpr,
+    EP: tl.constexpr,
+):
+    tile = tl.program_id(1)
+    starts, ends = groups.load(offs_ptr, E, EP)
+    group, first, last, index, begin = groups.locate(tile, starts, ends, BN * 32, 32, EP)
+    if (tile == 0) & (tl.program_id(0) == 0):
+        groups.store_padded_ends(padded_ptr, starts, ends, E, 32, EP)
+    # Tiles past the last group write the zeros between it and TP.
+    stop = tl.where(group < E, begin // 32 + tl.cdiv(last - first, 32), TP // 32)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    run = first + (index * BN + tl.arange(0, BN)) * 32
+    rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 32, None)
+    byte = mx.encode(group_tile.amax(rows), LIMIT, EXPONENT, FLOOR, NATIVE)
+    scaled = group_tile.scaled(rows, mx.encoding(byte), run, last, None)
+    values = fp8.narrow(turned.turned(scaled), ELEMENT)  # [BC, BN * 32]
+    to = (begin // 32 + index * BN) * 32 + tl.arange(0, BN * 32)
+    out = c[:, None].to(tl.int64) * TP + to[None, :]
+    tl.store(values_ptr + out, values, mask=(c < C)[:, None] & (to < stop * 32)[None, :])
+    block = begin // 32 + index * BN + tl.arange(0, BN)
+    out = c[:, None].to(tl.int64) * (TP // 32) + block[None, :]
+    scales = tl.trans(byte.to(tl.uint8))
+    tl.store(scales_ptr + out, scales, mask=(c < C)[:, None] & (block < stop)[None, :])
+
+
+def launch(x: Tensor, offs: Tensor, element: torch.dtype, floor: bool) -> Made:
+    if not fp8.runs_triton(x) or not x.shape[1]:
+        return reference(x, offs, element, floor)
+    values, scales, padded = outputs(x, offs, element, floor)
+    C, TP, E = x.shape[1], values.shape[1], offs.shape[0]
+    BN, BC = 4, 64
+    grid = (triton.cdiv(C, BC), triton.cdiv(TP, BN * BLOCK) + E)
+    kernel[grid](
+        x, offs, values, scales, padded, E, C, TP, *x.stride(),
+        fp8.MAX[element], mx.EXPONENT[element], fp8.TRITON[element], floor, blocks.runs_native(x),
+        BN, BC, triton.next_power_of_2(E), num_warps=4,
+    )  # fmt: skip
+    return values, scales, padded
+
+
+op = define(
+    "quantize_mxfp8_grouped_t(Tensor x, Tensor offs, ScalarType element, bool floor)"
+    " -> (Tensor, Tensor, Tensor)",
+    outputs=outputs,
+    reference=reference,
+    launch=launch,
+)
+agrees = same_bits
+
+
+def samples(device: str) -> list[tuple[Any, ...]]:
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    return [
+        (x, offs, element, floor)
+        for x, offs, *picked in amax_column_grouped.samples(device)
+        if not picked
+        for element, floor in ((e4m3, False), (e4m3, True), (e5m2, False))
+    ]
