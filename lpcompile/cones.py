@@ -40,11 +40,19 @@ POINTWISE: dict[Any, str] = {
     prims.convert_element_type.default: "",
     aten._to_copy.default: "",
 }
+LARGE = ("full", "wide")  # kinds of inputs as large as the result
 NAMES = {torch.bfloat16: "bf16", torch.float32: "float", torch.bool: "bool"}
 
 
 class TooComplex(Exception):
     """The producer cannot be written as a program."""
+
+
+def is_pointwise(x: fx.Node) -> bool:
+    """Whether x, or all that lies side by side in it, is made by pointwise ops."""
+    if x.target is aten.cat.default:
+        return all(map(is_pointwise, x.all_input_nodes))
+    return x.op == "call_function" and x.target in POINTWISE
 
 
 @dataclass
@@ -96,12 +104,12 @@ class Cone:
                     part.statements.append(replace(made, name=names[name], args=args))
             return names.get(name, name)
 
-        return part, take(result)
+        return part, "+".join(map(take, result.split("+")))
 
     @property
     def num_full(self) -> int:
         """Inputs as large as the result."""
-        return sum(kind == "full" for _, kind in self.leaves)
+        return sum(kind in LARGE for _, kind in self.leaves)
 
     def _is_inside(self, node: fx.Node) -> bool:
         if node.op != "call_function" or node.target not in POINTWISE or node.kwargs.get("alpha"):
@@ -121,10 +129,14 @@ class Cone:
     def leaf(self, node: fx.Node, kind: str) -> str:
         """The name of a tensor that the program reads. TooComplex where it cannot."""
         made = value(node)
-        if made.dtype not in (torch.bfloat16, torch.float32) or not is_contiguous_or_false(made):
+        if made.dtype not in (torch.bfloat16, torch.float32):
             raise TooComplex
         if kind == "full" and made.dtype is not torch.bfloat16:
             raise TooComplex
+        if not is_contiguous_or_false(made):
+            if kind != "full" or not _has_rows(made):
+                raise TooComplex
+            kind = "wide"
         if node not in self.names:
             self.names[node] = f"i{len(self.leaves)}"
             self.leaves.append((node, kind))
@@ -146,6 +158,18 @@ class Cone:
         if statically_known_true(last == 1) and statically_known_true(size == self.rows):
             return "row"
         raise TooComplex
+
+
+def _has_rows(x: torch.Tensor) -> bool:
+    """Whether x[..., C] can be read as rows of adjacent elements, as far apart all over."""
+    ahead = zip(range(x.dim() - 2), range(1, x.dim() - 1), strict=True)
+    return x.dim() > 1 and all(
+        statically_known_true(one == other)
+        for one, other in (
+            (x.stride(-1), 1),
+            *((x.stride(i), x.stride(j) * x.shape[j]) for i, j in ahead),
+        )
+    )
 
 
 def _number(argument: Any) -> str:

@@ -7,10 +7,11 @@ The letters are the linear's in every product: X[M, K], W[N, K], dY[M, N]; in a 
 counts the rows of all E groups. Expressions are sympy's, so that they can be printed. Nothing here
 looks at the machine it runs on: what is narrowed must not depend on it.
 
-Quantization is charged in full, unfused: a lowering that fuses it into the producer only makes a
-decision for it better. What several GEMMs read (the input of w1 and w3, of q, k and v) is quantized
-once, so each pays its share: ``readers``. Charging every reader in full leaves wgrad of a small k
-or v projection in bf16 (8B: 210 us, narrowed 256 us alone, 187 us as one of three).
+What several GEMMs read (the input of w1 and w3, of q, k and v) is quantized once, so each pays its
+share: ``readers``. Charging every reader in full leaves wgrad of a small k or v projection in bf16
+(8B: 210 us, narrowed 256 us alone, 187 us as one of three). What is merged with another quantize or
+with what makes its operand (``passes/fuse.py``) reads less: ``reads``. Charging SwiGLU's gradients
+in full leaves most products of small experts in bf16, where they gain when fused.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ class Rate(NamedTuple):
 
 # (family, what shares a scale) -> Rate. The families: "bf16", "fp8", "mxfp8", "nvfp4".
 Rates = Mapping[tuple[str, str], Rate]
+Reads = tuple[int | None, int | None]
 
 _FAMILY = {"fp32": "fp8", "pow2": "fp8", "rceil": "mxfp8", "floor": "mxfp8", "nvfp4": "nvfp4"}
 
@@ -197,14 +199,16 @@ def gain(
     *,
     num_groups: int = 1,
     readers: tuple[int, int] = (1, 1),
+    reads: Reads = (None, None),
 ) -> Estimate:
     """The Estimate of one product of a linear X[m, k], W[n, k], or of num_groups experts.
 
     readers: how many GEMMs read the quantized lhs and rhs; this one pays its share of each.
+    reads: how often lhs and rhs are read for it, None for as often as by the op alone.
     """
     grouped = num_groups > 1
-    bf16 = _compiled(product, None, device, grouped, (1, 1))
-    lowprec = _compiled(product, gemm, device, grouped, readers)
+    bf16 = _compiled(product, None, device, grouped, (1, 1), (None, None))
+    lowprec = _compiled(product, gemm, device, grouped, readers, reads)
     size = (m, n, k, num_groups)
     return Estimate(float(bf16(*size)), float(lowprec(*size)))
 
@@ -216,13 +220,16 @@ def expression(
     device: Device,
     grouped: bool = False,
     readers: tuple[int, int] = (1, 1),
+    reads: Reads = (None, None),
 ) -> sympy.Expr:
     """Microseconds of a product in the symbols M, N, K, E; a gemm of None is bf16."""
     total = gemm_expression(product, gemm, device, grouped)
     if gemm is not None:
-        sides = zip((gemm.lhs, gemm.rhs), _operands(product), readers, strict=True)
-        for operand, (elements, transposed), num_readers in sides:
-            total += _quantize_us(operand, elements, transposed, device) / num_readers
+        sides = zip((gemm.lhs, gemm.rhs), _operands(product), readers, reads, strict=True)
+        for operand, (elements, transposed), num_readers, num_reads in sides:
+            if num_reads is None:
+                num_reads = _num_reads(operand, transposed)
+            total += _quantize_us(operand, elements, num_reads, device) / num_readers
     return total
 
 
@@ -248,9 +255,14 @@ def gemm_expression(
 
 @cache
 def _compiled(
-    product: Product, gemm: Gemm | None, device: Device, grouped: bool, readers: tuple[int, int]
+    product: Product,
+    gemm: Gemm | None,
+    device: Device,
+    grouped: bool,
+    readers: tuple[int, int],
+    reads: Reads,
 ) -> Callable[..., float]:
-    formula = expression(product, gemm, device, grouped, readers)
+    formula = expression(product, gemm, device, grouped, readers, reads)
     return sympy.lambdify((M, N, K, E), formula, modules="math")
 
 
@@ -273,18 +285,19 @@ def _operands(product: Product) -> tuple[tuple[sympy.Expr, bool], tuple[sympy.Ex
     }[product]
 
 
+def _num_reads(operand: Operand, transposed: bool) -> int:
+    """How often an op alone reads a bf16 operand: once, or for its amax before that."""
+    across_rows = operand.along == "row" and transposed
+    twice = operand.along == "tensor" or across_rows or operand.fmt.tensor_scale
+    return 2 if twice else 1
+
+
 def _quantize_us(
-    operand: Operand, elements: sympy.Expr, transposed: bool, device: Device
+    operand: Operand, elements: sympy.Expr, num_reads: int, device: Device
 ) -> sympy.Expr:
-    """Narrowing one bf16 operand: one kernel that reads it once, or an amax kernel before that."""
-    twice = (
-        operand.along == "tensor"
-        or (operand.along == "row" and transposed)
-        or operand.fmt.tensor_scale
-    )
-    num_reads = 2 if twice else 1
+    """Narrowing one bf16 operand: a kernel a read, the last of which writes."""
     moved = elements * (2 * num_reads + operand.fmt.bits / 8)
-    return num_reads * LAUNCH_US + moved / (QUANTIZE_SHARE * device.bandwidth) * 1e6
+    return max(num_reads, 1) * LAUNCH_US + moved / (QUANTIZE_SHARE * device.bandwidth) * 1e6
 
 
 def _gemm_us(

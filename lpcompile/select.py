@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from lpcompile import cost, gemm_grouped
+from lpcompile.cones import is_pointwise
 from lpcompile.errors import RecipeError, StrictError
 from lpcompile.graph import base, peel, value
 from lpcompile.options import Options, Rule
@@ -78,6 +79,7 @@ class Selection:
         target = self.options.target_of(recipe)
         m, n, k = (s for s in sizes if s is not None)
         lhs, rhs = (self.readers[r] for r in _reads(site))
+        reads = _num_reads(site.lhs, site, recipe), _num_reads(site.rhs, site, recipe)
         estimate = cost.gain(
             site.product,
             gemm,
@@ -87,6 +89,7 @@ class Selection:
             cost.DEVICES[target],
             num_groups=site.num_groups,
             readers=(lhs, rhs) if site.lhs_is_first else (rhs, lhs),
+            reads=reads if site.lhs_is_first else reads[::-1],
         )
         times = f"{estimate.bf16_us:.0f} us in bf16, {estimate.lowprec_us:.0f} us in {label}"
         if not estimate.profitable:
@@ -118,6 +121,19 @@ def _reads(site: Site) -> tuple[tuple[fx.Node, bool], tuple[fx.Node, bool]]:
     """
     a_t, b_t = peel(site.lhs)[1], peel(site.rhs)[1]
     return (base(site.lhs), a_t), (base(site.rhs), not b_t)
+
+
+def _num_reads(operand: fx.Node, site: Site, recipe: Recipe) -> int | None:
+    """How often an operand is read to be quantized, or None where nothing is merged with that.
+
+    What is made by pointwise ops is quantized as it is made; dY both ways from as many reads.
+    """
+    made, is_gradient = base(operand), operand is (site.lhs if site.lhs_is_first else site.rhs)
+    if is_pointwise(made):
+        return 0
+    if is_gradient and site.product != "fprop" and recipe.dgrad and recipe.wgrad:
+        return 1
+    return None
 
 
 def annotation(node: fx.Node) -> str | Recipe | None:

@@ -3,7 +3,8 @@
 Runs after partitioning, when it is known what runs in one graph: dY is quantized both ways from
 one read for the amaxes (``fused_amax``) and one for the casts (``fused_cast``); both gradients of
 SwiGLU, both ways, and its output for wgrad, from two reads of (gate, up, dh). Blocks need no amax,
-and one read.
+and one read. Tokens of experts likewise, group by group; and gradients that lie side by side in one
+tensor, as those of a fused gate and up projection do.
 
 A row-wise quantize alone is one op and one read, with what makes its operand
 (``fused_quantize_row``). What stays as it was: one quantize alone of a tensor that is in memory,
@@ -23,44 +24,53 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._prims_common import is_contiguous_or_false
 
 from lpcompile import ops
-from lpcompile.cones import POINTWISE, RESHAPES, Cone, TooComplex
-from lpcompile.graph import call, shape, value
+from lpcompile.cones import LARGE, POINTWISE, RESHAPES, Cone, TooComplex
+from lpcompile.graph import aten, call, shape, value
 from lpcompile.liveness import is_cheap
+from lpcompile.ops.define import ALIGN
+from lpcompile.ops.fused_cast import num_outputs
 from lpcompile.ops.fused_quantize_row import WIDEST
 from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, Form
+from lpcompile.ops.quantize_fp8_block import BLOCK
 
 MOST_INPUTS, MOST_STATEMENTS = 4, 48
 _LETTERS = {element: name for name, element in ELEMENTS.items()}
-# quantize op -> kind of scale, of x.T or of x, and the op that makes its amax
-QUANTIZES: dict[Any, tuple[str, bool, Any]] = {
-    ops.quantize_fp8_row.op: ("row", False, None),
-    ops.quantize_fp8_row_t.op: ("row", True, ops.amax_column.op),
-    ops.quantize_fp8_tensor.op: ("tensor", False, ops.amax_tensor.op),
-    ops.quantize_fp8_tensor_t.op: ("tensor", True, ops.amax_tensor.op),
-    ops.quantize_fp8_block.op: ("block", False, None),
-    ops.quantize_fp8_block_t.op: ("block", True, None),
-    ops.quantize_fp8_square.op: ("square", False, None),
-    ops.quantize_fp8_square_t.op: ("square", True, None),
+# quantize op -> kind of scale, which way (``Form.way``), and the op that makes its amax
+QUANTIZES: dict[Any, tuple[str, str, Any]] = {
+    ops.quantize_fp8_row.op: ("row", "n", None),
+    ops.quantize_fp8_row_t.op: ("row", "t", ops.amax_column.op),
+    ops.quantize_fp8_tensor.op: ("tensor", "n", ops.amax_tensor.op),
+    ops.quantize_fp8_tensor_t.op: ("tensor", "t", ops.amax_tensor.op),
+    ops.quantize_fp8_block.op: ("block", "n", None),
+    ops.quantize_fp8_block_t.op: ("block", "t", None),
+    ops.quantize_fp8_square.op: ("square", "n", None),
+    ops.quantize_fp8_square_t.op: ("square", "t", None),
+    ops.quantize_fp8_grouped_t.op: ("row", "g", ops.amax_column_grouped.op),
+    ops.quantize_fp8_block_grouped_t.op: ("block", "g", None),
 }
+AMAXES = {amax for _, _, amax in QUANTIZES.values() if amax} | {ops.amax_tensor_grouped.op}
 
 
 @dataclass
 class Request:
     """One quantize of x that can be fused.
 
-    amax: the node of the amax that it reads, if it reads one.
+    amax: the node of the amax that it reads, if it reads one. makes_amax: this graph makes it of x.
+    offs: the node that says where groups of rows end, if it or its amax reads one.
     """
 
     node: fx.Node
     x: fx.Node
     kind: str
-    transposed: bool
+    way: str
     amax: fx.Node | None
+    makes_amax: bool
+    offs: fx.Node | None
 
     def form(self, result: int) -> Form:
         """What it asks of the fused op."""
         element, pow2 = self.node.args[-2:]
-        return Form(result, self.kind, _LETTERS[element], bool(pow2), self.transposed)  # type: ignore[index]
+        return Form(result, self.kind, _LETTERS[element], bool(pow2), self.way)  # type: ignore[index]
 
 
 @dataclass
@@ -97,42 +107,72 @@ def run(graph: fx.Graph) -> int:
 def _requests(graph: fx.Graph) -> dict[fx.Node, list[Request]]:
     found: dict[fx.Node, list[Request]] = defaultdict(list)
     for node in graph.nodes:
-        if node.op != "call_function" or node.target not in QUANTIZES or node.kwargs.get("rows"):
-            continue  # what gathers rows as it reads is for its own kernel
-        kind, transposed, source = QUANTIZES[node.target]
-        x, amax = node.args[0], node.args[1] if source else None
-        if len(shape(x)) != 2:
-            continue  # the weights of experts
-        whole = isinstance(shape(x)[1], int) and is_contiguous_or_false(value(x))
-        if whole and value(x).dtype is torch.bfloat16:
-            found[x].append(Request(node, x, kind, transposed, amax))
+        # What gathers rows as it reads is for its own kernel.
+        if node.op == "call_function" and node.target in QUANTIZES and not node.kwargs.get("rows"):
+            request = _request(node)
+            # The weights of experts are stacks of matrices; a tensor has one kind of groups.
+            if _is_whole(request.x) and len(offsets([*found[request.x], request])) <= 1:
+                found[request.x].append(request)
     return found
 
 
-def _makes(amax: fx.Node | None, x: fx.Node) -> bool:
-    """Whether an amax is computed from x in this graph, not saved or gathered."""
-    return amax is not None and amax.target in _AMAXES and amax.args[0] is x
+def _request(node: fx.Node) -> Request:
+    (x, *rest), (kind, way, source) = node.args, QUANTIZES[node.target]
+    given: list[Any] = [n for n in rest if isinstance(n, fx.Node)]
+    amax = given.pop(0) if source else None
+    makes = amax is not None and amax.target in AMAXES and amax.args[0] is x
+    if amax is not None and makes and amax.target is ops.amax_tensor_grouped.op:
+        kind, given = "tokens", [amax.args[1]]
+    elif kind == "row" and way == "g" and value(amax).dim() == 1:  # type: ignore[arg-type]
+        kind = "tokens"
+    return Request(node, x, kind, way, amax, makes, given[0] if given else None)  # type: ignore[arg-type]
+
+
+def _is_whole(x: fx.Node) -> bool:
+    """Whether x is a bf16 matrix, row after row, of a known width."""
+    if len(shape(x)) != 2 or not isinstance(shape(x)[1], int):
+        return False
+    return value(x).dtype is torch.bfloat16 and is_contiguous_or_false(value(x))
+
+
+def offsets(requests: Iterable[Any]) -> set[fx.Node]:
+    """What says where groups of rows end, of quantizes of which some may know no groups."""
+    return {r.offs for r in requests if getattr(r, "offs", None) is not None}
 
 
 def _private(graph: fx.Graph, requests: dict[fx.Node, list[Request]]) -> set[fx.Node]:
     """Nodes that nobody needs but the quantizes: no fused kernel would compute them twice."""
     asked = [r for rs in requests.values() for r in rs]
-    return with_producers(
-        graph,
-        {r.node for r in asked}
-        | {r.amax for r in asked if r.amax is not None and _makes(r.amax, r.x)},
-    )
+    inner = {n for r in asked for n in (r.node, r.makes_amax and r.amax) if n}
+    blocked = {r.x for r in asked if r.kind in BLOCKS and len(_parts(r.x)) > 1}
+    private = with_producers(graph, inner, (aten.cat.default,))
+    return private - {x for x in blocked if shape(_parts(x)[0])[1] % BLOCK}
 
 
-def with_producers(graph: fx.Graph, private: set[fx.Node]) -> set[fx.Node]:
+def _parts(x: fx.Node) -> list[fx.Node]:
+    """The tensors that lie side by side in x, all as wide; x alone where it is no such thing."""
+    if x.target is not aten.cat.default or len(x.args) < 2 or x.args[1] not in (1, -1):
+        return [x]
+    parts: list[fx.Node] = list(x.args[0])  # type: ignore[arg-type]
+    widths = {shape(part)[-1] for part in parts}
+    whole = all(len(shape(part)) == 2 for part in parts) and len(widths) == 1
+    return parts if whole and widths.pop() % ALIGN == 0 else [x]
+
+
+def with_producers(
+    graph: fx.Graph, private: set[fx.Node], targets: tuple[Any, ...] = ()
+) -> set[fx.Node]:
     """The nodes, the pointwise ones that nobody needs but them, and those that nobody need write.
 
     What is made of the graph's inputs, and read by pointwise ops, these make again: a residual sum
     in a backward. To have it written for the quantize would let Inductor write it where it makes
     the norm's gradient, after every other GEMM, and have the GEMM that reads the copy wait for it.
+
+    targets: ops that are inside too where nobody needs what they make but the nodes.
     """
     for node in reversed(graph.nodes):
-        if _is_pointwise(node) and node.users and all(u in private for u in node.users):
+        inside = _is_pointwise(node) or node.target in targets
+        if inside and node.users and all(u in private for u in node.users):
             private.add(node)
     for node in graph.nodes:
         known = all(i.op == "placeholder" or i in private for i in node.all_input_nodes)
@@ -144,9 +184,6 @@ def with_producers(graph: fx.Graph, private: set[fx.Node]) -> set[fx.Node]:
 def _is_pointwise(node: fx.Node) -> bool:
     """Whether a program can hold the node."""
     return node.op == "call_function" and (node.target in POINTWISE or node.target in RESHAPES)
-
-
-_AMAXES = {amax for _, _, amax in QUANTIZES.values() if amax is not None}
 
 
 def groups(requests: dict[fx.Node, list[Any]], private: set[fx.Node]) -> list[Group]:
@@ -164,7 +201,14 @@ def groups(requests: dict[fx.Node, list[Any]], private: set[fx.Node]) -> list[Gr
 
 
 def _cone(x: fx.Node, private: set[fx.Node]) -> Cone:
-    return Cone(shape(x)[0], shape(x)[1], private.__contains__)
+    part = _parts(x)[0] if x in private else x
+    return Cone(shape(x)[0], shape(part)[1], private.__contains__)
+
+
+def _add(cone: Cone, x: fx.Node) -> str:
+    """The name of x in a cone's program, where it may be of several parts."""
+    parts = _parts(x) if cone.is_private(x) else [x]
+    return "+".join(cone.add(part) for part in parts)
 
 
 def _fits(cone: Cone) -> bool:
@@ -175,7 +219,7 @@ def _fits(cone: Cone) -> bool:
 def _alone(x: fx.Node, requests: list[Any], private: set[fx.Node]) -> Group:
     cone = _cone(x, private)
     try:
-        name = cone.add(x)
+        name = _add(cone, x)
     except TooComplex:
         name = ""
     if not name or not _fits(cone):
@@ -186,19 +230,21 @@ def _alone(x: fx.Node, requests: list[Any], private: set[fx.Node]) -> Group:
 
 def _joins(a: Group, b: Group) -> bool:
     """Whether all large inputs of one are the other's, and it makes sense to read them once."""
-    full_a, full_b = ({leaf for leaf, kind in g.cone.leaves if kind == "full"} for g in (a, b))
+    full_a, full_b = ({leaf for leaf, kind in g.cone.leaves if kind in LARGE} for g in (a, b))
     same = a.cone.columns == b.cone.columns and bool(full_a) and bool(full_b)
+    same = same and len(offsets([*a.requests, *b.requests])) <= 1
     return same and (full_a <= full_b or full_b <= full_a)
 
 
 def _join(a: Group, b: Group, private: set[fx.Node]) -> Group | None:
     """The group of both, or None where one reads what comes after the other."""
     leaves = [leaf for g in (a, b) for leaf, _ in g.cone.leaves]
+    leaves += offsets([*a.requests, *b.requests])
     if _depend(leaves, {r.node for g in (a, b) for r in g.requests}):
         return None
     cone = _cone(a.requests[0].x, private)
     try:
-        results = [(cone.add(rs[0].x), rs) for g in (b, a) for _, rs in g.results]
+        results = [(_add(cone, rs[0].x), rs) for g in (b, a) for _, rs in g.results]
     except TooComplex:
         return None
     return Group(cone, results) if _fits(cone) else None
@@ -220,17 +266,18 @@ def _depend(nodes: Iterable[fx.Node], on: set[fx.Node]) -> bool:
 
 def _is_row(group: Group) -> bool:
     """Whether a group is one row-wise quantize whose inputs' rows fit in registers."""
-    forms = [(r.kind, r.transposed) for r in group.requests]
+    forms = [(r.kind, r.way) for r in group.requests]
     width = group.cone.num_full * group.cone.columns
-    return forms == [("row", False)] and bool(group.cone.statements) and width <= WIDEST
+    plain = bool(group.cone.statements) and "+" not in group.results[0][0]
+    return forms == [("row", "n")] and plain and width <= WIDEST
 
 
 def _pays(group: Group) -> bool:
     """Whether two ops move fewer bytes than what they replace."""
-    forms = [(r.kind, r.transposed) for r in group.requests]
-    if all(form == ("row", False) for form in forms):
+    forms = [(r.kind, r.way) for r in group.requests]
+    if all(form == ("row", "n") for form in forms):
         return False
-    inputs, results = group.cone.num_full, len(group.results)
+    inputs, results = group.cone.num_full, sum(len(name.split("+")) for name, _ in group.results)
     if not group.cone.statements:
         return len(forms) > 1
     amaxes = [r for r in group.requests if r.kind not in BLOCKS and not _given(r)]
@@ -252,7 +299,7 @@ def _replace_row(graph: fx.Graph, group: Group) -> None:
 
 def _given(request: Request) -> bool:
     """Whether a request comes with an amax that this graph does not compute from its x."""
-    return request.amax is not None and not _makes(request.amax, request.x)
+    return request.amax is not None and not request.makes_amax
 
 
 def _replace(graph: fx.Graph, group: Group) -> None:
@@ -266,17 +313,17 @@ def _replace(graph: fx.Graph, group: Group) -> None:
     for whole, requests in group.results:
         cone, name = group.cone.part(whole)
         program = cone.program([name]).text()
-        forms = [r.form(0).text for r in requests]
+        forms = [r.form(0) for r in requests]
         with graph.inserting_before(min(r.node for r in requests)):
             inputs = [matrix(make, cone, leaf, kind) for leaf, kind in cone.leaves]
             reads = [amax for r in requests if (amax := amaxes.get(r.node, r.amax)) is not None]
-            made = make(ops.fused_cast.op, inputs, reads, program, forms)
-            pairs = [
-                [make(operator.getitem, made, 2 * i + j) for j in (0, 1)] for i in range(len(forms))
-            ]
-        for request, pair in zip(requests, pairs, strict=True):
+            texts, offs = [form.text for form in forms], offsets(requests)
+            made = make(ops.fused_cast.op, inputs, reads, program, texts, *offs)
+            items = (make(operator.getitem, made, i) for i in range(len(value(made))))
+            outputs = [[next(items) for _ in range(num_outputs(form))] for form in forms]
+        for request, found in zip(requests, outputs, strict=True):
             for user in list(request.node.users):
-                user.replace_all_uses_with(pair[user.args[1]])
+                user.replace_all_uses_with(found[user.args[1]])
                 graph.erase_node(user)
             graph.erase_node(request.node)
 
@@ -293,9 +340,11 @@ def _replace_amaxes(graph: fx.Graph, make: Any, group: Group) -> dict[fx.Node, f
         return {}
     wants = list(dict.fromkeys(want for want, _ in asked.values()))
     program = group.cone.program([name for name, _ in group.results]).text()
-    with graph.inserting_before(last([leaf for leaf, _ in group.cone.leaves]).next):
+    offs = offsets(group.requests)
+    after = [*offs, *(leaf for leaf, _ in group.cone.leaves)]
+    with graph.inserting_before(last(after).next):
         inputs = [matrix(make, group.cone, leaf, kind) for leaf, kind in group.cone.leaves]
-        every = make(ops.fused_amax.op, inputs, program, wants)
+        every = make(ops.fused_amax.op, inputs, program, wants, *offs)
         made = {want: make(operator.getitem, every, i) for i, want in enumerate(wants)}
     for want, amax in asked.values():
         if amax is not None:
@@ -313,7 +362,8 @@ def last(nodes: list[fx.Node]) -> fx.Node:
 
 def matrix(make: Any, cone: Cone, leaf: fx.Node, kind: str) -> fx.Node:
     """A leaf in the shape that a program's input of that kind has."""
-    wanted = {"full": [-1, cone.columns], "row": [-1, 1], "column": [-1], "scalar": []}[kind]
+    large = [-1, cone.columns]
+    wanted = {"full": large, "wide": large, "row": [-1, 1], "column": [-1], "scalar": []}[kind]
     if list(shape(leaf)) in (wanted, [cone.rows, cone.columns]):
         return leaf
     return make(torch.ops.aten.view.default, leaf, wanted)

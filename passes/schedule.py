@@ -20,6 +20,7 @@ from torch import fx
 from torch._inductor.pattern_matcher import stable_topological_sort
 
 from lpcompile import ops
+from lpcompile.cones import LARGE
 from lpcompile.graph import TRANSPOSES, VIEWS, base, calls, hint, is_own, value
 from lpcompile.liveness import is_cheap
 from lpcompile.ops import pointwise
@@ -54,7 +55,7 @@ def _inputs(cast: fx.Node) -> set[fx.Node]:
     """What a cast reads that is as large as what it casts."""
     args: Any = cast.args
     kinds = pointwise.parse(next(a for a in args[1:] if isinstance(a, str))).kinds
-    return {base(i) for i, kind in zip(args[0], kinds, strict=True) if kind == "full"}
+    return {base(i) for i, kind in zip(args[0], kinds, strict=True) if kind in LARGE}
 
 
 def _order(casts: list[fx.Node]) -> list[fx.Node]:

@@ -111,3 +111,30 @@ def decode(scale):
 def narrow(scaled, ELEMENT: tl.constexpr):
     """The clamp and the cast of ``cast``, in a kernel: one saturating conversion, NaN kept."""
     return scaled.to(ELEMENT)
+
+
+@triton.jit
+def narrow4(a, b, c, d, ELEMENT: tl.constexpr):
+    """``narrow`` of four tiles, as words of four bytes, a's the lowest: two conversions a word.
+
+    ELEMENT: "e4m3" or "e5m2".
+    """
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 low, high; cvt.rn.satfinite."
+        + ELEMENT
+        + "x2.f32 low, $2, $1; cvt.rn.satfinite."
+        + ELEMENT
+        + "x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
+        "=r,r,r,r,r",
+        [a, b, c, d],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def first_bytes(n):
+    """Masks of the n lowest bytes of a word: all of them from 4 on, none up to 0."""
+    some = (1 << 8 * tl.minimum(tl.maximum(n, 0), 3)) - 1
+    return tl.where(n >= 4, -1, some)

@@ -1,17 +1,19 @@
 """Every amax of a pointwise program's results: inputs [M, C] -> row [M], column [C], tensor [1].
 
     wants: "row0" "column0" "tensor1" = a maximum a row and a column of result 0, one of result 1
+    with offs[E], of ragged groups of rows: "group0" [E, C] = a column of each, "tokens0" [1] = all
 
 The first of two reads of what ``fused_cast`` quantizes in the second. Reading k inputs twice moves
 fewer bytes than writing r results in bf16 and reading them twice, 2k against k + 3r, and a graph
-that needs an amax elsewhere too has it. NaN counts above Inf and Inf above all numbers.
+that needs an amax elsewhere too has it. NaN counts above Inf and Inf above all numbers; rows past
+offs[-1] count in their own row alone.
 
 Kernels are generated (``fused_source``), and compiled without fused multiply-add, so that products
 and sums round as torch's do; exp, sigmoid and division may differ in their last place.
 """
 
-from functools import cache
-from string import ascii_lowercase
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,26 +21,50 @@ import triton
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 
-from lpcompile.ops import amax_column, amax_tensor, fp8, fused_source, pointwise
+from lpcompile.ops import (
+    amax_column,
+    amax_column_grouped,
+    amax_tensor,
+    amax_tensor_grouped,
+    fp8,
+    fused_source,
+    pointwise,
+)
 from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.fused_source import along, is_grouped
 
-BM, BC, ROWS, WARPS = 8, 128, 256, 2  # a tile, rows a program goes down, warps
+BM, BC, ROWS, WARPS, STAGES = 16, 64, 256, 2, 3  # a tile, rows a program goes down
 
 
-def outputs(inputs: list[Tensor], program: str, wants: list[str]) -> list[Tensor]:
+def outputs(
+    inputs: list[Tensor], program: str, wants: list[str], offs: Tensor | None = None
+) -> list[Tensor]:
+    M, _ = full_input(inputs, program).shape
+    return [_empty(inputs, program, want, M, offs) for want in wants]
+
+
+def _empty(inputs: list[Tensor], program: str, want: str, M: int, offs: Tensor | None) -> Tensor:
     full = full_input(inputs, program)
-    sizes = {"row": full.shape[0], "column": full.shape[1], "tensor": 1}
-    return [full.new_empty((sizes[_along(w)],), dtype=torch.float32) for w in wants]
+    columns = width(inputs, program, result_of(want))
+    shapes: dict[str, tuple[int, ...]] = {"row": (M,), "column": (columns,)}
+    if offs is not None:
+        shapes["group"] = (offs.shape[0], columns)
+    return full.new_empty(shapes.get(along(want), (1,)), dtype=torch.float32)
 
 
-def reference(inputs: list[Tensor], program: str, wants: list[str]) -> list[Tensor]:
+def reference(
+    inputs: list[Tensor], program: str, wants: list[str], offs: Tensor | None = None
+) -> list[Tensor]:
     results = pointwise.run(pointwise.parse(program), inputs)
-    along = {
+    makes: dict[str, Callable[[Tensor], Tensor]] = {
         "row": lambda x: amax_column.reference(x.t()),
         "column": amax_column.reference,
         "tensor": amax_tensor.reference,
     }
-    return [along[_along(w)](results[int(w.strip(ascii_lowercase))]) for w in wants]
+    if offs is not None:
+        makes["group"] = partial(amax_column_grouped.reference, offs=offs)
+        makes["tokens"] = partial(amax_tensor_grouped.reference, offs=offs)
+    return [makes[along(want)](results[result_of(want)]) for want in wants]
 
 
 @cache
@@ -47,16 +73,23 @@ def kernel(program: str, wants: tuple[str, ...], even: bool) -> Any:
     return PyCodeCache.load(fused_source.amax_source(program, wants, even)).kernel
 
 
-def launch(inputs: list[Tensor], program: str, wants: list[str]) -> list[Tensor]:
+def launch(
+    inputs: list[Tensor], program: str, wants: list[str], offs: Tensor | None = None
+) -> list[Tensor]:
     full = full_input(inputs, program)
-    if not fp8.runs_triton(full) or not full.numel():
-        return reference(inputs, program, wants)
+    if not fp8.runs_triton(full) or not full.numel() or not wants:
+        return reference(inputs, program, wants, offs)
     M, C = full.shape
-    made = [a.zero_() for a in outputs(inputs, program, wants)]  # not one buffer: no aliases
+    made = outputs(inputs, program, wants, offs)  # not one buffer: no aliases
+    torch._foreach_zero_(made)
     bits = [a.view(torch.int32) for a in made]
-    grid = (triton.cdiv(C, BC), triton.cdiv(M, ROWS))
-    kernel(program, tuple(wants), M % ROWS == 0 and C % BC == 0)[grid](
-        *(x.contiguous() for x in inputs), *bits, M, C, ROWS, BM, BC,
+    sizes: list[Any] = [M, C]
+    tile, tiles = [STAGES, ROWS, BM, BC], triton.cdiv(M, ROWS)
+    if offs is not None and is_grouped(wants):
+        E = offs.shape[0]
+        sizes, tile, tiles = [offs, M, C, E], [*tile, triton.next_power_of_2(E)], tiles + E + 1
+    kernel(program, tuple(wants), C % BC == 0)[(triton.cdiv(C, BC), tiles)](
+        *pointwise.arguments(pointwise.parse(program), inputs), *bits, *sizes, *tile,
         num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return made
@@ -64,15 +97,21 @@ def launch(inputs: list[Tensor], program: str, wants: list[str]) -> list[Tensor]
 
 def full_input(inputs: list[Tensor], program: str) -> Tensor:
     """An input of the results' shape [M, C]."""
-    return inputs[pointwise.parse(program).kinds.index("full")]
+    return inputs[pointwise.parse(program).large]
 
 
-def _along(want: str) -> str:
-    return want.rstrip("0123456789")
+def result_of(want: str) -> int:
+    """The index of the result that an amax is of."""
+    return int(want.removeprefix(along(want)))
+
+
+def width(inputs: list[Tensor], program: str, result: int) -> int:
+    """The columns of a result: C for each of its parts."""
+    return full_input(inputs, program).shape[1] * len(pointwise.parse(program).parts[result])
 
 
 op = define(
-    "fused_amax(Tensor[] inputs, str program, str[] wants) -> Tensor[]",
+    "fused_amax(Tensor[] inputs, str program, str[] wants, Tensor? offs=None) -> Tensor[]",
     outputs=outputs,
     reference=reference,
     launch=launch,
@@ -100,9 +139,39 @@ def programs(device: str) -> list[tuple[list[Tensor], str]]:
     ]
 
 
+def grouped(device: str) -> list[tuple[list[Tensor], str, Tensor]]:
+    """Inputs, a program and the ends of ragged groups: also halves of one tensor, side by side."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
+
+    made = [
+        ([x.contiguous()], pointwise.IDENTITY, offs)
+        for x, offs, *rows in amax_column_grouped.samples(device)
+        if not rows
+    ]
+    ends = torch.tensor([0, 70, 70, 210, 230], device=device, dtype=torch.int32)
+    for C in (96, 128):
+        wide, full, row = randn(250, 2 * C), randn(250, C), randn(250, 1)
+        full[230:] = torch.nan
+        program = "wide wide full row; bf16 v0 = mul(i0, i3); bf16 v1 = add(v0, i1);"
+        program += " bf16 v2 = mul(i1, i2); v1+v2 v0"
+        made.append(([*wide.split(C, 1), full, row], program, ends))
+    return made
+
+
 def samples(device: str) -> list[tuple[Any, ...]]:
     wants = ["row0", "column0", "tensor0", "column1", "tensor1"]
-    return [
-        (inputs, program, [w for w in wants if int(w[-1]) < len(pointwise.parse(program).results)])
-        for inputs, program in programs(device)
+    of_groups = ["row0", "group0", "tokens0", "group1", "row1", "column1"]
+
+    def of(program: str, wants: list[str]) -> list[str]:
+        results = len(pointwise.parse(program).results)
+        return [w for w in wants if result_of(w) < results]
+
+    made: list[tuple[Any, ...]] = [
+        (inputs, program, of(program, wants)) for inputs, program in programs(device)
     ]
+    for inputs, program, offs in grouped(device):
+        made.append((inputs, program, of(program, of_groups), offs))
+        made.append((inputs, program, ["group0"], offs))
+    return made

@@ -45,11 +45,11 @@ def launch(inputs: list[Tensor], program: str, wants: list[str]) -> list[Tensor]
     full = fused_amax.full_input(inputs, program)
     if not fp8.runs_triton(full) or not full.numel():
         return reference(inputs, program, wants)
-    M, C = full.shape
+    (M, C), whole = full.shape, pointwise.arguments(pointwise.parse(program), inputs)
     made = [a.zero_() for a in outputs(inputs, program, wants)]
     even = M % ROWS == 0 and C % BC == 0
     kernel(program, tuple(wants), even)[(triton.cdiv(C, BC), triton.cdiv(M, ROWS))](
-        *(x.contiguous() for x in inputs), *(a.view(torch.int32) for a in made),
+        *whole, *(a.view(torch.int32) for a in made),
         M, C, ROWS, BM, BC, False, even, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return made

@@ -1,6 +1,7 @@
 """Every quantized copy of a pointwise program's results: inputs [M, C] -> values, scales a form.
 
-    forms: "0 row e4m3 pow2 t" = of result 0: row-wise, transposed, e4m3, power-of-two scales
+    forms: "0 row e4m3 pow2 t" = of result 0: row-wise, transposed, e4m3, power-of-two scales;
+        "g" for "t": each of the ragged groups that offs[E] says padded, and offs_padded[E] third
     amaxes: one for each form that is not of blocks, in order; blocks have theirs in the tile
 
 What min-cut leaves in one graph, one read can serve: dY row-wise and column-wise; both gradients of
@@ -8,9 +9,11 @@ SwiGLU, both ways, and its output for wgrad, from (gate, up, dh). Made by ``pass
 partitioning. The bits are those of the chain that it replaces, given the program's.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
@@ -18,119 +21,200 @@ from torch._inductor.codecache import PyCodeCache
 from lpcompile.ops import (
     fp8,
     fused_amax,
-    fused_source,
+    fused_cast_source,
     pointwise,
     quantize_fp8_block,
+    quantize_fp8_block_grouped_t,
     quantize_fp8_block_t,
+    quantize_fp8_grouped_t,
     quantize_fp8_row_t,
     quantize_fp8_square,
     quantize_fp8_square_t,
     quantize_fp8_tensor,
     quantize_fp8_tensor_t,
 )
-from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.define import ALIGN, define, same_bits
 from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, Form, parse_form
+from lpcompile.ops.quantize_fp8_block import BLOCK
+
+SCALES = 1024  # that one program makes
 
 
 class Tile(NamedTuple):
-    """What one program casts, and by how many warps."""
+    """What one program casts, and by how many warps, going ``columns`` to the right."""
 
     BM: int
     BC: int
     warps: int
+    columns: int
+    stages: int = 1
+    align: int = ALIGN  # of groups along x.T, as ``quantize_fp8_grouped_t`` has them
 
 
-SCALED, SQUARE = Tile(64, 32, 4), Tile(128, 128, 8)
-ROWS, COLUMNS = Tile(32, 128, 4), Tile(128, 32, 4)
+SCALED = Tile(64, 64, 4, 256)
+SQUARE = Tile(128, 128, 8, 128)
+ROWS, COLUMNS = Tile(32, 128, 4, 128), Tile(128, 32, 4, 128)
+GROUPED_COLUMNS = COLUMNS._replace(align=BLOCK)
 
-_BLOCK_OPS: dict[tuple[str, bool], Any] = {
-    ("block", False): quantize_fp8_block,
-    ("block", True): quantize_fp8_block_t,
-    ("square", False): quantize_fp8_square,
-    ("square", True): quantize_fp8_square_t,
+_BLOCK_OPS: dict[tuple[str, str], Any] = {
+    ("block", "n"): quantize_fp8_block,
+    ("block", "t"): quantize_fp8_block_t,
+    ("square", "n"): quantize_fp8_square,
+    ("square", "t"): quantize_fp8_square_t,
 }
 
 
 def outputs(
-    inputs: list[Tensor], amaxes: list[Tensor], program: str, forms: list[str]
+    inputs: list[Tensor],
+    amaxes: list[Tensor],
+    program: str,
+    forms: list[str],
+    offs: Tensor | None = None,
 ) -> list[Tensor]:
-    full = fused_amax.full_input(inputs, program)
+    full, given = fused_amax.full_input(inputs, program), iter(amaxes)
     made: list[Tensor] = []
     for form in map(parse_form, forms):
-        how = (ELEMENTS[form.element], form.pow2)
-        if form.kind in BLOCKS:
-            made += _BLOCK_OPS[form.kind, form.transposed].outputs(full, *how)
-        else:
-            x = full.t() if form.kind == "row" and not form.transposed else full
-            of_rows = quantize_fp8_tensor_t if form.transposed else quantize_fp8_tensor
-            op = quantize_fp8_row_t if form.kind == "row" else of_rows
-            made += op.outputs(x, x, *how)
+        shape = (full.shape[0], fused_amax.width(inputs, program, form.result))
+        x = full[:, :1].expand(shape)  # of the result's shape, and of no memory
+        made += _of(form, "outputs", x, None if form.kind in BLOCKS else next(given), offs)
     return made
 
 
 def reference(
-    inputs: list[Tensor], amaxes: list[Tensor], program: str, forms: list[str]
+    inputs: list[Tensor],
+    amaxes: list[Tensor],
+    program: str,
+    forms: list[str],
+    offs: Tensor | None = None,
 ) -> list[Tensor]:
-    results = pointwise.run(pointwise.parse(program), inputs)
-    given = iter(amaxes)
+    results, given = pointwise.run(pointwise.parse(program), inputs), iter(amaxes)
     made: list[Tensor] = []
     for form in map(parse_form, forms):
-        x, how = results[form.result], (ELEMENTS[form.element], form.pow2)
-        if form.kind in BLOCKS:
-            made += _BLOCK_OPS[form.kind, form.transposed].reference(x, *how)
-        elif form.kind == "row":
-            x = x if form.transposed else x.t()
-            made += quantize_fp8_row_t.reference(x, next(given), *how)
-        else:
-            op = quantize_fp8_tensor_t if form.transposed else quantize_fp8_tensor
-            made += op.reference(x, next(given), *how)
+        amax = None if form.kind in BLOCKS else next(given)
+        made += _of(form, "reference", results[form.result], amax, offs)
     return made
+
+
+def _of(form: Form, what: str, x: Tensor, amax: Tensor | None, offs: Tensor | None) -> Any:
+    """What the op of a form allocates or makes."""
+    how = (ELEMENTS[form.element], form.pow2)
+    if form.way == "g" and amax is None:
+        return getattr(quantize_fp8_block_grouped_t, what)(x, offs, *how)
+    if form.way == "g":
+        return getattr(quantize_fp8_grouped_t, what)(x, amax, offs, *how)
+    if amax is None:
+        return getattr(_BLOCK_OPS[form.kind, form.way], what)(x, *how)
+    if form.kind == "row":
+        return getattr(quantize_fp8_row_t, what)(x.t() if form.way == "n" else x, amax, *how)
+    op = quantize_fp8_tensor_t if form.way == "t" else quantize_fp8_tensor
+    return getattr(op, what)(x, amax, *how)
 
 
 @cache
 def kernel(program: str, forms: tuple[str, ...], even: bool) -> Any:
     """The generated kernel."""
-    return PyCodeCache.load(fused_source.cast_source(program, forms, even)).kernel
+    return PyCodeCache.load(fused_cast_source.cast_source(program, forms, even)).kernel
+
+
+@cache
+def scales_kernel(forms: tuple[str, ...]) -> Any:
+    """The generated kernel of the scales."""
+    return PyCodeCache.load(fused_cast_source.scales_source(forms)).kernel
 
 
 def launch(
-    inputs: list[Tensor], amaxes: list[Tensor], program: str, forms: list[str]
+    inputs: list[Tensor],
+    amaxes: list[Tensor],
+    program: str,
+    forms: list[str],
+    offs: Tensor | None = None,
 ) -> list[Tensor]:
     full = fused_amax.full_input(inputs, program)
-    if not fp8.runs_triton(full) or not full.numel():
-        return reference(inputs, amaxes, program, forms)
-    (M, C), made = full.shape, outputs(inputs, amaxes, program, forms)
-    given = iter(amaxes)
-    parsed = [parse_form(f) for f in forms]
-    amax_of = [None if form.kind in BLOCKS else next(given) for form in parsed]
-    whole = [x.contiguous() for x in inputs]
-    for tile in (SCALED, ROWS, COLUMNS, SQUARE):
-        mine = [i for i, form in enumerate(parsed) if _tile(form) is tile]
-        if not mine:
-            continue
-        BM, BC, warps = tile
-        text, even = tuple(forms[i] for i in mine), M % BM == 0 and C % BC == 0
-        read = [a.contiguous() for i in mine if (a := amax_of[i]) is not None]
-        written = [t for i in mine for t in made[2 * i : 2 * i + 2]]
-        grid = (triton.cdiv(C, BC), triton.cdiv(M, BM))
-        kernel(program, text, even)[grid](
-            *whole, *read, *written, M, C, BM, BC, num_warps=warps, enable_fp_fusion=False
+    parsed, named = [parse_form(f) for f in forms], pointwise.parse(program)
+    if not fp8.runs_triton(full) or not full.numel() or _straddles(parsed, named, full.shape[1]):
+        return reference(inputs, amaxes, program, forms, offs)
+    made, (M, C) = outputs(inputs, amaxes, program, forms, offs), full.shape
+    rest = iter(made)
+    made_of = [[next(rest) for _ in range(num_outputs(form))] for form in parsed]
+    encode = _scales(forms, amaxes, made_of)
+    whole = pointwise.arguments(named, inputs)
+    for tile, mine in _kernels(parsed):
+        BM, BC, warps, columns, stages, align = tile
+        read = [e for i in mine if (e := encode[i]) is not None]
+        written: list[Tensor] = []
+        for i in mine:
+            values, scales, *padded = made_of[i]
+            written += [values, *([scales] if parsed[i].kind in BLOCKS else []), *padded]
+        TP = next((made_of[i][0].shape[1] for i in mine if parsed[i].way != "n"), 0)
+        sizes: list[Any] = [M, C, TP, align, columns, stages, BM, BC]
+        tiles = triton.cdiv(M, BM)
+        if offs is not None and any(parsed[i].way == "g" for i in mine):
+            E = offs.shape[0]
+            sizes = [offs, M, C, E, TP, align, columns, stages, BM, BC, triton.next_power_of_2(E)]
+            # As many tiles as cut any groups, and the rest of [C, Tp] (see ``groups.locate``).
+            span = max(BM, align)
+            tiles = (triton.cdiv(TP, span) + E + 1) * (span // BM)
+        text, even = tuple(forms[i] for i in mine), C % BC == 0
+        kernel(program, text, even)[(triton.cdiv(C, columns), tiles)](
+            *whole, *read, *written, *sizes, num_warps=warps, enable_fp_fusion=False
         )
     return made
 
 
-def _tile(form: Form) -> Tile:
-    """The tile of a form. Blocks of both ways would share one of 128x128, which spills: 1.9 ms for
-    SwiGLU's five copies of 16384 x 14336 on an H200, where two reads take less (triton 3.6)."""
-    if form.kind not in BLOCKS:
-        return SCALED
-    if form.kind == "square":
-        return SQUARE
-    return COLUMNS if form.transposed else ROWS
+def _scales(
+    forms: list[str], amaxes: list[Tensor], made_of: list[list[Tensor]]
+) -> list[Tensor | None]:
+    """Encode scales of every form that is not of blocks; writes its decode scales."""
+    encode: list[Tensor | None] = [None] * len(forms)
+    given, arguments, size = iter(amaxes), [], 0
+    mine = [i for i, form in enumerate(forms) if parse_form(form).kind not in BLOCKS]
+    for i, amax in zip(mine, given, strict=True):
+        encode[i] = e = torch.empty_like(made_of[i][1])
+        arguments += [amax.contiguous(), e, made_of[i][1], amax.numel()]
+        size = max(size, amax.numel())
+    if mine:
+        grid = (triton.cdiv(size, SCALES), len(mine))
+        scales_kernel(tuple(forms[i] for i in mine))[grid](*arguments, SCALES, num_warps=4)
+    return encode
+
+
+def num_outputs(form: Form) -> int:
+    """Values, scales, and of padded groups where they end."""
+    return 3 if form.way == "g" else 2
+
+
+def _straddles(forms: list[Form], program: pointwise.Program, columns: int) -> bool:
+    """Whether a block, or the padding of a row, lies in two parts of one result."""
+    return any(
+        len(program.parts[form.result]) > 1
+        and columns % (BLOCK if form.kind in BLOCKS else ALIGN) > 0
+        for form in forms
+    )
+
+
+def _kernels(forms: list[Form]) -> Iterator[tuple[Tile, list[int]]]:
+    """The kernels that make the forms, and which of them each makes; groups in none with x.T whole.
+
+    Blocks of both ways would share a tile of 128x128, which spills: 1.9 ms for SwiGLU's five copies
+    of 16384 x 14336 on an H200, where two reads take less (triton 3.6).
+    """
+    ragged = any(form.way == "g" and form.kind not in BLOCKS for form in forms)
+    tiles: dict[tuple[Tile, bool], list[int]] = {}
+    for i, form in enumerate(forms):
+        if form.kind == "square":
+            tile = SQUARE
+        elif form.kind == "block":
+            tile = {"n": ROWS, "t": COLUMNS, "g": GROUPED_COLUMNS}[form.way]
+        else:
+            tile = SCALED
+        tiles.setdefault((tile, ragged and tile is SCALED and form.way == "t"), []).append(i)
+    for (tile, _), mine in tiles.items():
+        yield tile, mine
 
 
 op = define(
-    "fused_cast(Tensor[] inputs, Tensor[] amaxes, str program, str[] forms) -> Tensor[]",
+    "fused_cast(Tensor[] inputs, Tensor[] amaxes, str program, str[] forms, Tensor? offs=None)"
+    " -> Tensor[]",
     outputs=outputs,
     reference=reference,
     launch=launch,
@@ -144,12 +228,20 @@ def samples(device: str) -> list[tuple[Any, ...]]:
         ["0 tensor e4m3 fp32 n", "0 tensor e4m3 fp32 t", "1 tensor e5m2 fp32 n"],
         ["0 block e4m3 pow2 n", "0 block e4m3 pow2 t", "1 square e4m3 pow2 t"],
     )
+    of_groups = (
+        ["0 row e4m3 pow2 n", "0 row e4m3 pow2 g", "1 row e5m2 fp32 g", "1 row e4m3 fp32 t"],
+        ["0 tokens e4m3 fp32 n", "0 tokens e4m3 fp32 g", "1 tokens e5m2 fp32 g"],
+        ["0 block e4m3 pow2 n", "0 block e4m3 pow2 g", "1 block e4m3 fp32 g"],
+    )
+    cases: list[tuple[Any, ...]] = [
+        (every, inputs, program, None) for inputs, program in fused_amax.programs(device)
+    ]
+    cases += [(of_groups, *case) for case in fused_amax.grouped(device)]
     made = []
-    for inputs, program in fused_amax.programs(device):
+    for wanted, inputs, program, offs in cases:
         results = len(pointwise.parse(program).results)
-        for wanted in every:
-            forms = [f for f in wanted if parse_form(f).result < results]
-            names = [parse_form(f).amax for f in forms]
-            amaxes = fused_amax.reference(inputs, program, [n for n in names if n])
-            made.append((inputs, amaxes, program, forms))
+        for forms in ([f for f in some if parse_form(f).result < results] for some in wanted):
+            names = [name for f in forms if (name := parse_form(f).amax)]
+            amaxes = fused_amax.reference(inputs, program, names, offs)
+            made.append((inputs, amaxes, program, forms, offs))
     return made

@@ -105,7 +105,7 @@ def launch(
     for i, form in enumerate(parsed):
         if form.swizzled and _is_padded(form, M, C):
             made[2 * i + 1].zero_()
-    whole, native = [x.contiguous() for x in inputs], blocks.runs_native(full)
+    native, whole = blocks.runs_native(full), pointwise.arguments(pointwise.parse(program), inputs)
     for key in dict.fromkeys(map(_kernel_of, parsed)):
         mine = [i for i, form in enumerate(parsed) if _kernel_of(form) == key]
         (BM, BC), form = tile(parsed[mine[0]]), parsed[mine[0]]

@@ -50,7 +50,7 @@ def launch(
     BM = max(1, 1024 // BC)
     even = C == BC and M % BM == 0
     kernel(program, _NAMES[element], pow2, even)[(triton.cdiv(M, BM),)](
-        *(x.contiguous() for x in inputs), *made, M, C, BM, BC,
+        *pointwise.arguments(pointwise.parse(program), inputs), *made, M, C, BM, BC,
         num_warps=min(16, max(4, BC // 1024)), enable_fp_fusion=False,
     )  # fmt: skip
     return made

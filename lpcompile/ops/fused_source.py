@@ -1,12 +1,17 @@
-"""The Triton source of ``fused_amax``, ``fused_cast`` and ``fused_quantize_row``, for one program.
+"""The Triton source of ``fused_amax`` and ``fused_quantize_row``, and what ``fused_cast`` shares.
 
 The tile's producer is ``pointwise.to_triton``; the rest is what ``lpcompile.ops.fp8`` does, written
 out for the forms that are wanted. Readable on purpose: it is what a dump of a graph shows.
+
+Kernels that are grouped cut their tiles inside groups of rows, found on the device, the rows past
+the last group being one more. Rows past the end of a tile's group are its last row again, which
+changes no maximum and needs no mask.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from string import ascii_lowercase
+from string import digits
 
 import torch
 
@@ -19,54 +24,71 @@ _TRITON = {"e4m3": "tl.float8e4nv", "e5m2": "tl.float8e5"}
 
 @dataclass(frozen=True)
 class Form:
-    """One quantized copy of one result."""
+    """One quantized copy of one result.
+
+    kind: what shares a scale: "row", "tensor", "tokens" (all rows of all groups), "block" or
+        "square".
+    way: "n" of x, "t" of x.T, "g" of x.T with the columns of each group padded.
+    """
 
     result: int
-    kind: str  # "row", "tensor", "block" or "square"
+    kind: str
     element: str
     pow2: bool
-    transposed: bool
+    way: str
 
     @property
     def text(self) -> str:
         """The form as the schema carries it."""
         scale = "pow2" if self.pow2 else "fp32"
-        return f"{self.result} {self.kind} {self.element} {scale} {'t' if self.transposed else 'n'}"
+        return f"{self.result} {self.kind} {self.element} {scale} {self.way}"
 
     @property
     def amax(self) -> str:
         """The name of the amax it reads; empty for blocks, which have theirs in the tile."""
-        along = {"row": "column" if self.transposed else "row", "tensor": "tensor"}
-        return f"{along[self.kind]}{self.result}" if self.kind not in BLOCKS else ""
+        along = {"n": "row", "t": "column", "g": "group"}[self.way]
+        names = {"row": along, "tensor": "tensor", "tokens": "tokens"}
+        return f"{names[self.kind]}{self.result}" if self.kind not in BLOCKS else ""
 
 
 @cache
 def parse_form(text: str) -> Form:
     """A Form from its text."""
     result, kind, element, scale, way = text.split(" ")
-    return Form(int(result), kind, element, scale == "pow2", way == "t")
+    return Form(int(result), kind, element, scale == "pow2", way)
+
+
+def along(amax: str) -> str:
+    """What an amax is of: "row", "column", "group", "tensor" or "tokens"."""
+    return amax.rstrip(digits)
+
+
+def is_grouped(wanted: Iterable[str]) -> bool:
+    """Whether a kernel that makes these amaxes or forms cuts its tiles inside groups."""
+    return any(w.startswith(("group", "tokens")) or w.endswith(" g") for w in wanted)
 
 
 _LOADS = {
     "full": "tl.load(i{0}_ptr + at{1})",
+    "wide": "tl.load(i{0}_ptr + m[:, None].to(tl.int64) * i{0}_stride + c[None, :]{1})",
     "row": "tl.load(i{0}_ptr + m{2})[:, None]",
     "column": "tl.load(i{0}_ptr + c{3})[None, :]",
     "scalar": "tl.load(i{0}_ptr)",
 }
+# A tile's group; of the tiles past the last group, the rows past it.
+_LOCATE = [
+    "starts, ends = groups.load(offs_ptr, E, EP)",
+    "group, first, last, index, begin = groups.locate(tile, starts, ends, {tile}, {align}, EP)",
+]
+_REST = "first, last = groups.rest(group, first, last, ends, E, M)"
 
 
 def amax_source(program: str, amaxes: tuple[str, ...], even: bool) -> str:
     """A module with the ``kernel`` of ``fused_amax``.
 
-    even: M and C are multiples of every tile, so that nothing is masked.
+    even: C is a multiple of a tile, so that nothing is masked.
     """
     return _module(program, amaxes, _amax_kernel(pointwise.parse(program), list(amaxes), even))
-
-
-def cast_source(program: str, forms: tuple[str, ...], even: bool) -> str:
-    """A module with the ``kernel`` of ``fused_cast``."""
-    parsed = [parse_form(f) for f in forms]
-    return _module(program, forms, _cast_kernel(pointwise.parse(program), parsed, even))
 
 
 def row_source(program: str, element: str, pow2: bool, even: bool) -> str:
@@ -91,17 +113,23 @@ def row_source(program: str, element: str, pow2: bool, even: bool) -> str:
 
 def _module(program: str, wanted: tuple[str, ...], kernel: str) -> str:
     doc = '"""' + program + "\n\n" + "\n".join(wanted) + '\n"""'
-    imports = "import triton\nimport triton.language as tl\n\nfrom lpcompile.ops import fp8"
+    imports = "import triton\nimport triton.language as tl\n\nfrom lpcompile.ops import fp8, groups"
     return "\n\n".join([doc, imports, kernel]) + "\n"
 
 
-def _tile(program: pointwise.Program, even: bool, rounded: bool) -> list[str]:
-    """Lines that load a tile's inputs and compute its results."""
+def _tile(
+    program: pointwise.Program, even: bool, rounded: bool, rows_exist: bool = False
+) -> list[str]:
+    """Lines that load a tile's inputs and compute its results.
+
+    rows_exist: every m is a row, so that only columns are masked.
+    """
     masks = ("", "", "")
     lines = ["at = m[:, None].to(tl.int64) * C + c[None, :]"]
     if not even:
-        lines.append("live = (m < M)[:, None] & (c < C)[None, :]")
-        masks = tuple(f", mask={live}, other=0.0" for live in ("live", "m < M", "c < C"))  # type: ignore[assignment]
+        lines.append(f"live = {'' if rows_exist else '(m < M)[:, None] & '}(c < C)[None, :]")
+        rows = "" if rows_exist else ", mask=m < M, other=0.0"
+        masks = (", mask=live, other=0.0", rows, ", mask=c < C, other=0.0")
     for i, kind in enumerate(program.kinds):
         lines.append(f"i{i} = {_LOADS[kind].format(i, *masks)}")
     return lines + pointwise.to_triton(program, rounded)
@@ -114,114 +142,98 @@ def _live(tile: str, even: bool) -> str:
 
 def _amax_kernel(program: pointwise.Program, amaxes: list[str], even: bool) -> str:
     """Every amax by atomic integer maxima, of tiles [BM, BC] down ROWS rows."""
-    before, inside, after = [], [], []
-    for r in sorted({int(a.strip(ascii_lowercase)) for a in amaxes}):
-        inside.append(f"a{r} = {_live(f'tl.abs(f_{program.results[r]})', even)}")
-        if f"row{r}" in amaxes:
-            inside += _atomic(f"row{r}", f"tl.reduce(a{r}, 1, fp8.larger)", " + m", "m < M", even)
-        if f"column{r}" in amaxes or f"tensor{r}" in amaxes:
-            before.append(f"best{r} = tl.zeros([BM, BC], tl.float32)")
-            inside.append(f"best{r} = fp8.larger(best{r}, a{r})")
-            after.append(f"c{r} = tl.reduce(best{r}, 0, fp8.larger)")
-        if f"column{r}" in amaxes:
-            after += _atomic(f"column{r}", f"c{r}", " + c", "c < C", even)
-        if f"tensor{r}" in amaxes:
-            after += _atomic(f"tensor{r}", f"tl.reduce(c{r}, 0, fp8.larger)", "", "", True)
-    loop = [
-        "m = tl.program_id(1) * ROWS + i + tl.arange(0, BM)",
-        *_tile(program, even, rounded=False),
-        *inside,
-    ]
-    body = [
+    grouped = is_grouped(amaxes)
+    before: list[str] = []
+    inside: list[str] = []
+    after: list[str] = []
+    for r in sorted({int(a.removeprefix(along(a))) for a in amaxes}):
+        wanted = [along(a) for a in amaxes if a == f"{along(a)}{r}"]
+        lines = _maxima(r, program.parts[r], wanted, even)
+        for all_lines, some in zip((before, inside, after), lines, strict=True):
+            all_lines += some
+    body = ["first, last, index = 0, M, tl.program_id(1)"]
+    if grouped:
+        body = ["tile = tl.program_id(1)"]
+        body += [line.format(tile="ROWS", align=1) for line in _LOCATE]
+        if any(along(a) not in ("group", "tokens") for a in amaxes):
+            body.append(_REST)
+    body += [
         "c = tl.program_id(0) * BC + tl.arange(0, BC)",
+        "top = first + index * ROWS",
+        "end = tl.minimum(top + ROWS, last)",
         *before,
-        "for i in range(0, ROWS, BM):",
-        *(f"    {line}" for line in loop),
+        "for start in tl.range(top, end, BM, num_stages=STAGES):",
+        "    m = tl.minimum(start + tl.arange(0, BM), end - 1)",
+        *(f"    {line}" for line in _tile(program, even, rounded=False, rows_exist=True)),
+        *(f"    {line}" for line in inside),
         *after,
     ]
     pointers = [*_pointers(program), *(f"{a}_ptr" for a in amaxes)]
-    sizes = ["M", "C", "ROWS", "BM: tl.constexpr", "BC: tl.constexpr"]
-    return _function([*pointers, *sizes], body)
+    return _function(
+        [
+            *pointers,
+            *_SIZES[grouped],
+            "STAGES: tl.constexpr",
+            "ROWS: tl.constexpr",
+            *_TILE[grouped],
+        ],
+        body,
+    )
+
+
+# What every kernel takes of sizes, plain and grouped.
+_SIZES = {False: ["M", "C"], True: ["offs_ptr", "M", "C", "E"]}
+_TILE = {
+    False: ["BM: tl.constexpr", "BC: tl.constexpr"],
+    True: ["BM: tl.constexpr", "BC: tl.constexpr", "EP: tl.constexpr"],
+}
+
+
+def _maxima(
+    r: int, parts: list[str], wanted: list[str], even: bool
+) -> tuple[list[str], list[str], list[str]]:
+    """Lines before, in and after the loop that take the maxima ``wanted`` of result r."""
+    inside = [f"a{r}_{j} = {_live(f'tl.abs(f_{name})', even)}" for j, name in enumerate(parts)]
+    before: list[str] = []
+    after: list[str] = []
+    if "row" in wanted:
+        whole = f"a{r}_0"
+        for j in range(1, len(parts)):
+            whole = f"fp8.larger({whole}, a{r}_{j})"
+        inside += _atomic(f"row{r}", "", f"tl.reduce({whole}, 1, fp8.larger)", " + m", "")
+    if wanted == ["row"]:
+        return before, inside, after
+    columns = [] if even else ["(c < C)"]
+    for j in range(len(parts)):
+        before.append(f"best{r}_{j} = tl.zeros([BM, BC], tl.float32)")
+        inside.append(f"best{r}_{j} = fp8.larger(best{r}_{j}, a{r}_{j})")
+        after.append(f"c{r}_{j} = tl.reduce(best{r}_{j}, 0, fp8.larger)")
+        each, whole = f"c{r}_{j}", f"tl.reduce(c{r}_{j}, 0, fp8.larger)"
+        of_group = f" + (group.to(tl.int64) * {len(parts)} + {j}) * C + c"
+        for name, amax, at, live in (
+            ("column", each, f" + {j} * C + c", columns),
+            ("group", each, of_group, [*columns, "(group < E)"]),
+            ("tensor", whole, "", []),
+            ("tokens", whole, "", ["(group < E)"]),
+        ):
+            if name in wanted:
+                after += _atomic(f"{name}{r}", f"_{j}", amax, at, " & ".join(live))
+    return before, inside, after
 
 
 def _pointers(program: pointwise.Program) -> list[str]:
-    return [f"i{i}_ptr" for i in range(len(program.kinds))]
+    """What a kernel takes for ``pointwise.arguments``."""
+    names = []
+    for i, kind in enumerate(program.kinds):
+        names += [f"i{i}_ptr", f"i{i}_stride"] if kind == "wide" else [f"i{i}_ptr"]
+    return names
 
 
-def _atomic(name: str, amax: str, at: str, live: str, even: bool) -> list[str]:
-    mask = "" if even else f", mask={live}"
+def _atomic(name: str, part: str, amax: str, at: str, live: str) -> list[str]:
+    mask = f", mask={live}" if live else ""
     return [
-        f"{name} = fp8.bits_of_amax({amax})",
-        f'tl.atomic_max({name}_ptr{at}, {name}{mask}, sem="relaxed")',
-    ]
-
-
-def _cast_kernel(program: pointwise.Program, forms: list[Form], even: bool) -> str:
-    """Every quantized copy of a tile [BM, BC], and its scales."""
-    pointers = _pointers(program)
-    pointers += [f"a{i}_ptr" for i, form in enumerate(forms) if form.kind not in BLOCKS]
-    pointers += [f"{letter}{i}_ptr" for i in range(len(forms)) for letter in "qs"]
-    body = [
-        "c = tl.program_id(0) * BC + tl.arange(0, BC)",
-        "m = tl.program_id(1) * BM + tl.arange(0, BM)",
-        "CP = (C + 15) // 16 * 16",
-        "MP = (M + 15) // 16 * 16",
-        *_tile(program, even, rounded=True),
-    ]
-    for r in sorted({f.result for f in forms}):
-        body.append(f"x{r} = {_live(f'f_{program.results[r]}', even)}")
-    for i, form in enumerate(forms):
-        body += _cast(i, form, even)
-    sizes = ["M", "C", "BM: tl.constexpr", "BC: tl.constexpr"]
-    return _function([*pointers, *sizes], body)
-
-
-def _cast(i: int, form: Form, even: bool) -> list[str]:
-    """Lines that quantize a tile to form ``i``: values q and decode scales s."""
-    limit, element = fp8.MAX[ELEMENTS[form.element]], _TRITON[form.element]
-    amax, store = _scale(i, form, even)
-    spread = ""
-    if form.kind in ("row", "block"):
-        spread = "[None, :]" if form.transposed else "[:, None]"
-    if form.transposed:
-        values, at = f"tl.trans(n{i})", "c[:, None].to(tl.int64) * MP + m[None, :]"
-        mask = "" if even else ", mask=(c < C)[:, None] & (m < MP)[None, :]"
-    else:
-        values, at = f"n{i}", "m[:, None].to(tl.int64) * CP + c[None, :]"
-        mask = "" if even else ", mask=(m < M)[:, None] & (c < CP)[None, :]"
-    return [
-        f"e{i} = fp8.encode({amax}, {limit}, {form.pow2})",
-        f"y{i} = {_live(f'x{form.result} * e{i}{spread}', even)}",
-        f"n{i} = fp8.narrow(y{i}, {element})",
-        f"tl.store(q{i}_ptr + {at}, {values}{mask})",
-        *store,
-    ]
-
-
-def _scale(i: int, form: Form, even: bool) -> tuple[str, list[str]]:
-    """The amax of a form's tile, and lines that store its decode scales."""
-    x, decode = f"tl.abs(x{form.result})", f"fp8.decode(e{i})"
-    # The index and size along which scales lie, and the program ids across and along it.
-    axis, size, across, along = ("c", "C", 1, 0) if form.transposed else ("m", "M", 0, 1)
-    mask = "" if even else f", mask={axis} < {size}"
-    if form.kind == "tensor":
-        first = "if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):"
-        return f"tl.load(a{i}_ptr)", [first, f"    tl.store(s{i}_ptr, {decode})"]
-    if form.kind == "row":
-        other = "" if even else ", other=0.0"
-        return f"tl.load(a{i}_ptr + {axis}{mask}{other})", [
-            f"if tl.program_id({across}) == 0:",
-            f"    tl.store(s{i}_ptr + {axis}, {decode}{mask})",
-        ]
-    if form.kind == "block":
-        return f"tl.reduce({x}, {0 if form.transposed else 1}, fp8.larger)", [
-            f"t{i} = tl.program_id({across}).to(tl.int64) * {size} + {axis}",
-            f"tl.store(s{i}_ptr + t{i}, {decode}{mask})",
-        ]
-    other = "M" if form.transposed else "C"
-    return f"tl.reduce(tl.reduce({x}, 1, fp8.larger), 0, fp8.larger)", [
-        f"w{i} = (({other} + 127) // 128 + 3) // 4 * 4",
-        f"tl.store(s{i}_ptr + tl.program_id({along}) * w{i} + tl.program_id({across}), {decode})",
+        f"{name}{part} = fp8.bits_of_amax({amax})",
+        f'tl.atomic_max({name}_ptr{at}, {name}{part}{mask}, sem="relaxed")',
     ]
 
 

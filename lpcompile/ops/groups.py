@@ -111,6 +111,13 @@ def locate(tile, starts, ends, TILE: tl.constexpr, ALIGN: tl.constexpr, EP: tl.c
 
 
 @triton.jit
+def rest(group, first, last, ends, E, T):
+    """A tile's ``first`` and ``last``, with the rows past offs[-1] as the group after the last."""
+    past = tl.max(ends, 0)
+    return tl.where(group < E, first, past), tl.where(group < E, last, T)
+
+
+@triton.jit
 def store_padded_ends(padded_ptr, starts, ends, E, ALIGN: tl.constexpr, EP: tl.constexpr):
     """``padded_ends``, in a kernel."""
     e = tl.arange(0, EP)

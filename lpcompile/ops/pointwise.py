@@ -2,9 +2,11 @@
 
     "full row column; float v0 = i0; float v1 = mul(v0, i1); bf16 v2 = mul(v1, i2); v2"
 
-First how each input broadcasts to [M, C]: full [M, C], row [M, 1], column [C], scalar []. Then one
-statement a value: its dtype, which it is rounded to, its name, and a call or a plain copy. Last the
-results. Arithmetic is fp32, as Inductor's and eager's is for bf16 tensors.
+First how each input broadcasts to [M, C]: full [M, C], wide [M, C] whose rows lie apart (half of
+what a fused gate and up projection makes), row [M, 1], column [C], scalar []. Then one statement a
+value: its dtype, which it is rounded to, its name, and a call or a plain copy. Last the results;
+"v2+v3" is [M, 2 C], the one beside the other. Arithmetic is fp32, as Inductor's and eager's is for
+bf16 tensors.
 
 Division is Triton's own, two last places off at most, as it is in what Inductor generates.
 
@@ -14,11 +16,12 @@ One text serves the torch reference (``run``) and the Triton kernel (``to_triton
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-KINDS = ("full", "row", "column", "scalar")
+KINDS = ("full", "wide", "row", "column", "scalar")
 DTYPES = {"bf16": torch.bfloat16, "float": torch.float32, "bool": torch.bool}
 
 # name -> (torch on fp32 tensors, Triton on fp32 tiles)
@@ -35,11 +38,14 @@ OPS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "lt": (torch.lt, "{0} < {1}"),
     "mul": (torch.mul, "{0} * {1}"),
     "ne": (torch.ne, "{0} != {1}"),
-    "neg": (torch.neg, "-{0}"),
+    "neg": (torch.neg, "{0} * -1.0"),  # Triton's -x is 0 - x, which makes +0 of 0
     "reciprocal": (torch.reciprocal, "1.0 / {0}"),
     "relu": (torch.relu, "tl.where({0} < 0, 0.0, {0})"),
     "rsqrt": (torch.rsqrt, "tl.rsqrt({0})"),
-    "sigmoid": (torch.sigmoid, "tl.sigmoid({0})"),
+    "sigmoid": (
+        torch.sigmoid,
+        "1.0 / (1.0 + tl.exp({0} * -1.0))",
+    ),  # one exp with x / (1 + exp(-x))
     "sqrt": (torch.sqrt, "tl.sqrt_rn({0})"),
     "sub": (torch.sub, "{0} - {1}"),
     "where": (torch.where, "tl.where({0}, {1}, {2})"),
@@ -63,6 +69,16 @@ class Program:
     kinds: tuple[str, ...]
     statements: tuple[Statement, ...]
     results: tuple[str, ...]
+
+    @property
+    def parts(self) -> list[list[str]]:
+        """The names in each result, from left to right."""
+        return [result.split("+") for result in self.results]
+
+    @property
+    def large(self) -> int:
+        """The index of an input of shape [M, C]."""
+        return next(i for i, kind in enumerate(self.kinds) if kind in ("full", "wide"))
 
     def text(self) -> str:
         """The program as the schema carries it; ``parse`` reads it back."""
@@ -106,7 +122,20 @@ def run(program: Program, inputs: list[Tensor]) -> list[Tensor]:
         args = [operand(a) for a in s.args]
         made = OPS[s.op][0](*args) if s.op else args[0]
         values[s.name] = made.to(DTYPES[s.dtype])
-    return [values[r] for r in program.results]
+    results = [[values[name] for name in parts] for parts in program.parts]
+    return [torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in results]
+
+
+def arguments(program: Program, inputs: list[Tensor]) -> list[Any]:
+    """What a kernel takes for its inputs: each, and after a wide one from one row to the next."""
+    made: list[Any] = []
+    for kind, x in zip(program.kinds, inputs, strict=True):
+        if kind == "wide":
+            x = x if x.stride(1) == 1 else x.contiguous()
+            made += [x, x.stride(0)]
+        else:
+            made.append(x.contiguous())
+    return made
 
 
 def to_triton(program: Program, rounded: bool = True) -> list[str]:

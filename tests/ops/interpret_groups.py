@@ -7,14 +7,36 @@ Elements are fp32 here, because the interpreter rounds to FP8 wrongly (triton 3.
 from types import SimpleNamespace
 
 import torch
+import triton
 import triton.language as tl
 
 from lpcompile import ops
-from lpcompile.ops import block_scaled_grouped, blocks, fp8, grouped_gemm
+from lpcompile.ops import (
+    block_scaled_grouped,
+    blocks,
+    fp8,
+    fused_amax,
+    fused_source,
+    grouped_gemm,
+    pointwise,
+)
 from lpcompile.ops.define import per_column, same_bits
 
 E4M3, WIDE = torch.float8_e4m3fn, torch.float32
 fp8.MAX[WIDE], fp8.TRITON[WIDE] = fp8.MAX[E4M3], tl.float32
+
+
+@triton.jit
+def narrow4(a, b, c, d, ELEMENT: tl.constexpr):
+    """The interpreter has no inline assembly; it narrows what is exact rightly."""
+    word = tl.zeros(a.shape, tl.int32)
+    for i, x in enumerate((a, b, c, d)):
+        byte = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        word = word | (byte.to(tl.int32) << 8 * i)
+    return word
+
+
+fp8.narrow4 = narrow4
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 blocks.runs_native = lambda x: False
 dequantized = block_scaled_grouped._dequantized
@@ -40,6 +62,37 @@ def quantizers(x, offs, *rows):
     check(same_bits(made, ops.quantize_fp8_block_grouped_t.reference(*args)), "block_grouped_t")
 
 
+# Exact in bf16, to which the interpreter rounds wrongly too; of numbers that e4m3 has, not NaN.
+EXACT = "wide wide full row; bf16 v0 = neg(i0); bool v1 = gt(i1, 0.5); bf16 v2 = where(v1, i2, 0.0)"
+FORMS = (
+    ["0 row e4m3 pow2 n", "0 row e4m3 pow2 g", "1 row e4m3 pow2 g", "1 row e4m3 pow2 t"],
+    ["0 tokens e4m3 pow2 n", "0 tokens e4m3 pow2 g"],
+    ["0 block e4m3 pow2 n", "0 block e4m3 pow2 g", "1 block e4m3 pow2 g"],
+)
+
+
+def fused():
+    """Every amax and every copy, of halves of a tensor and of results side by side too."""
+    cases = fused_amax.grouped("cpu")
+    for inputs, program, offs in (cases[2], cases[6], cases[-2], cases[-1]):
+        inputs = [x.nan_to_num(448).to(E4M3).bfloat16() for x in inputs]
+        if "wide" in program:
+            inputs[:2] = torch.cat(inputs[:2], 1).split(inputs[0].shape[1], 1)
+        program = f"{EXACT}; v0+i1 v2" if len(inputs) > 1 else program
+        count = len(pointwise.parse(program).results)
+        for wanted in FORMS if offs[-1] else FORMS[::2]:  # it does not saturate either
+            parsed = [f for f in map(fused_source.parse_form, wanted) if f.result < count]
+            wants = list(dict.fromkeys(f.amax for f in parsed if f.amax))
+            made = ops.fused_amax.launch(inputs, program, wants, offs)
+            expected = ops.fused_amax.reference(inputs, program, wants, offs)
+            check(same_bits(made, expected), f"fused_amax {wants}")
+            amaxes = dict(zip(wants, made, strict=True))
+            given = [amaxes[f.amax] for f in parsed if f.amax]
+            args = (inputs, given, program, [f.text for f in parsed], offs)
+            made, expected = ops.fused_cast.launch(*args), ops.fused_cast.reference(*args)
+            check(same_bits(made, expected), f"fused_cast {wanted} {offs}")
+
+
 def multiply(args, what):
     a, a_scale, b, b_scale, offs, dtype, fast = args
     expected = ops.scaled_grouped_mm.exact(*args)
@@ -59,6 +112,7 @@ def multiply_blocks(args):
 
 def main():
     torch.manual_seed(0)
+    fused()
     for counts, past in (((70, 0, 128, 1, 140, 0), 21), ((0, 0), 5)):
         ends = torch.tensor(counts).cumsum(0).int()
         T, E = int(ends[-1]) + past, len(ends)

@@ -372,3 +372,24 @@ def test_the_quantizers_of_ragged_groups_equal_their_references(seed):
             args = (x, amax, offs, signs, of_draws, 2)
             module = ops.quantize_nvfp4_grouped_t
             assert same_bits(module.op(*args), module.reference(*args)) == ""
+
+    module = ops.quantize_fp8_block_grouped_t
+    assert same_bits(module.op(x, offs, E4M3, True), module.reference(x, offs, E4M3, True)) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(40))
+def test_the_fused_quantizers_of_ragged_groups_equal_their_references(seed):
+    _, T, _, C, counts = shapes(seed)
+    offs, x = ends(counts, "cuda"), tokens(T, C, "cuda")
+    x[sum(counts) :] = torch.nan
+    module, args = ops.fused_amax, ([x], "full; i0", ["row0", "group0", "tokens0"], offs)
+    row, group, whole = made = module.op(*args)
+    assert same_bits(made, module.reference(*args)) == ""
+    for amaxes, forms in (
+        ([row, group], ["0 row e4m3 pow2 n", "0 row e4m3 pow2 g"]),
+        ([whole, whole], ["0 tokens e4m3 fp32 n", "0 tokens e4m3 fp32 g"]),
+        ([], ["0 block e4m3 pow2 n", "0 block e4m3 pow2 g"]),
+    ):
+        module, args = ops.fused_cast, ([x], amaxes, "full; i0", forms, offs)
+        assert same_bits(module.op(*args), module.reference(*args)) == ""
