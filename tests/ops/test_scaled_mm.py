@@ -10,7 +10,7 @@ from lpcompile.ops import amax_tensor, quantize_fp8_tensor, scaled_mm
 @pytest.mark.parametrize("rows", [48, 37, 1])
 def test_tensor_scales_spread_over_rows_give_the_same_product(monkeypatch, rows):
     def quantized(r, c):
-        x = torch.randn(r, c, device="cuda", dtype=torch.bfloat16)
+        x = torch.rand(r, c, device="cuda", dtype=torch.bfloat16)  # no sum cancels
         amax = amax_tensor.op(x)
         return quantize_fp8_tensor.op(x, amax, torch.float8_e4m3fn, False)
 
