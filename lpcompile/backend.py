@@ -109,10 +109,17 @@ def with_kernels(
     compile: Compile,
     **kwargs: Any,
 ) -> Any:
-    """An inner compiler that is done when the kernels that a pass began to compile are."""
+    """An inner compiler that is done when the kernels that a pass began to compile are.
+
+    Where that failed they compile at their first call.
+    """
     made = inner(gm, example_inputs, **kwargs)
     while compile.kernels:
-        log.debug("kernels compiled ahead: %d", compile.kernels.pop().result())
+        ahead = compile.kernels.pop()
+        if error := ahead.exception():
+            log.debug("kernels not compiled ahead", exc_info=error)
+        else:
+            log.debug("kernels compiled ahead: %d", ahead.result())
     return made
 
 

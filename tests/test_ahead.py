@@ -1,10 +1,11 @@
 """Kernels compiled beside Inductor's: which, by whom, and that nothing runs meanwhile."""
 
 import threading
+from concurrent.futures import Future
 
 import pytest
 import torch
-from oracle import FFN, bf16, data
+from oracle import EAGER, FFN, bf16, data
 from torch import fx
 from torch._subclasses import FakeTensorMode
 from triton.runtime.jit import JITFunction
@@ -75,3 +76,14 @@ def test_only_the_thread_that_compiles_does_not_run(monkeypatch):
     assert ran == [True, False]
     assert len(kernels) == 1
     assert JITFunction.run is run
+
+
+def test_a_machine_out_of_threads_compiles_all_the_same(monkeypatch):
+    def full(graph):
+        failed = Future()
+        failed.set_exception(RuntimeError("can't start new thread"))
+        return [failed]
+
+    monkeypatch.setattr(ahead, "start", full)
+    x = data(32, 64)
+    assert torch.compile(bf16(FFN()), backend="lowprec", options=EAGER)(x).shape == x.shape
