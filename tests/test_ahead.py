@@ -5,7 +5,7 @@ from concurrent.futures import Future
 
 import pytest
 import torch
-from oracle import EAGER, FFN, bf16, data
+from oracle import FFN, bf16, data
 from torch import fx
 from torch._subclasses import FakeTensorMode
 from triton.runtime.jit import JITFunction
@@ -85,5 +85,7 @@ def test_a_machine_out_of_threads_compiles_all_the_same(monkeypatch):
         return [failed]
 
     monkeypatch.setattr(ahead, "start", full)
-    x = data(32, 64)
-    assert torch.compile(bf16(FFN()), backend="lowprec", options=EAGER)(x).shape == x.shape
+    model, x = bf16(FFN()), data(32, 64)
+    with torch._inductor.config.patch(force_disable_caches=True):  # on a hit no pass runs
+        y = torch.compile(model, backend="lowprec", options={"rewrite": "all"})(x)
+    assert y.shape == x.shape
