@@ -43,9 +43,9 @@ def compiled(monkeypatch, *args):
                 elif isinstance(value, torch.Tensor):
                     signature[name] = "*" + TYPES[value.dtype]
                     attributes[(i,)] = divisible
-                elif parameter.is_constexpr or value is None:
-                    signature[name], constants[(i,)] = "constexpr", value
-                elif value == 1 and name not in ("E", "M"):
+                elif (
+                    parameter.is_constexpr or value is None or value == 1 and name not in ("E", "M")
+                ):
                     signature[name], constants[(i,)] = "constexpr", value
                 else:
                     signature[name] = "i32"
