@@ -49,7 +49,7 @@ def compiled(monkeypatch, *args):
                     signature[name], constants[(i,)] = "constexpr", value
                 else:
                     signature[name] = "i32"
-                    if value % 16 == 0 and name not in ("E", "M"):
+                    if value % 16 == 0 and name not in "EM":
                         attributes[(i,)] = divisible
             source = GluonASTSource(KERNEL, signature, constants, attributes)
             target = GPUTarget("cuda", 90, 32)
