@@ -47,12 +47,12 @@ def cases(models: Iterable[Llama | Experts], recipes: Sequence[str]) -> list[Cas
     made: dict[tuple[object, ...], Case] = {}
     for model in models:
         experts = model if isinstance(model, Experts) else None
-        for linear, *size in _sizes(model):
+        for linear, m, n, k in _sizes(model):
             for product in PRODUCTS:
                 for recipe in (BF16, *recipes):
                     how = _gemm(recipe, product, experts)
                     if how is not None or recipe == BF16:
-                        case = Case(linear, product, *size, recipe, how, experts)
+                        case = Case(linear, product, m, n, k, recipe, how, experts)
                         made.setdefault((case.shape, how), case)
     return list(made.values())
 
