@@ -37,6 +37,7 @@ def narrow4(a, b, c, d, ELEMENT: tl.constexpr):
 
 
 fp8.narrow4 = narrow4
+grouped_gemm.suits_warpgroups = lambda *args: False  # there is no interpreter of Gluon
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 blocks.runs_native = lambda x: False
 dequantized = block_scaled_grouped._dequantized
@@ -98,7 +99,7 @@ def multiply(args, what):
     expected = ops.scaled_grouped_mm.exact(*args)
     made = torch.full_like(expected, torch.nan, dtype=dtype)
     made[expected.shape[0] if b.dim() == 2 else int(offs[-1]) :] = 0  # rows in no group
-    grouped_gemm.fill_anywhere(a.float(), a_scale, b.float(), b_scale, offs, made, fast)
+    grouped_gemm.fill(a.float(), a_scale, b.float(), b_scale, offs, made, fast)
     check(per_column(0.01)(made, expected), what)
 
 
