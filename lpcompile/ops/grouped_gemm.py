@@ -186,14 +186,12 @@ def suits_warpgroups(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> 
         for x in (a, b)
     )
     stacked = b.dim() == 2 or b.is_contiguous()
-    if a_scale.dim() == 2:  # blocks: the scales of a step are one line of memory
-        square = b_scale.shape[-2] != b.shape[-2]
-        return readable and stacked and _adjacent(a_scale) and (square or _adjacent(b_scale))
+    if a_scale.dim() == 2 and b_scale.shape[-2] == b.shape[-2]:
+        # Blocks of 1x128 in b: the scales of a step are a line that TMA reads too, and where it
+        # begins to read must be a multiple of 16 bytes (else it is an illegal instruction).
+        lines = b_scale.mT.is_contiguous() and b_scale.data_ptr() % ALIGN == 0
+        return readable and stacked and lines and b.shape[-2] % 4 == 0
     return readable and stacked
-
-
-def _adjacent(scales: Tensor) -> bool:
-    return scales.mT.is_contiguous() and scales.data_ptr() % ALIGN == 0
 
 
 def fill_anywhere(

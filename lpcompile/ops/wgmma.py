@@ -78,14 +78,14 @@ def load(
     SQUARE: gl.constexpr,
 ):
     """The warp that loads: every step of every tile of this program, as buffers become empty."""
-    a_desc, b_desc, a_scale_desc, b_scale_desc = descs
-    a_bufs, b_bufs, a_scale_bufs, b_scale_bufs, full, empty = bufs
+    a_desc, b_desc, b_scale_desc = descs
+    a_bufs, b_bufs, b_scale_bufs, full, empty = bufs
     E, M, N, K = sizes
     STAGES: gl.constexpr = a_bufs.shape[0]
     BM: gl.constexpr = a_bufs.shape[1]
     BN: gl.constexpr = b_bufs.shape[1]
     BK: gl.constexpr = a_bufs.shape[2]
-    SCALES: gl.constexpr = BLOCKED * 4 * (BM + BN * (1 - SQUARE))
+    SCALES: gl.constexpr = 4 * BN * (BLOCKED and not SQUARE)
     BYTES: gl.constexpr = (BM + BN) * BK * a_bufs.dtype.primitive_bitwidth // 8 + SCALES
     across = gl.cdiv(N, BN)
     step, group, upcoming = 0, 0, gl.program_id(0)
@@ -104,14 +104,10 @@ def load(
                 mbarrier.expect(ready, BYTES)
                 tma.async_copy_global_to_shared(a_desc, [row + m, k], ready, a_bufs.index(stage))
                 tma.async_copy_global_to_shared(b_desc, [b_row + n, k], ready, b_bufs.index(stage))
-                if BLOCKED:  # scales[K / 128, rows] as one line
-                    at = k // BK * M + row + m
-                    to = a_scale_bufs.index(stage)
-                    tma.async_copy_global_to_shared(a_scale_desc, [at], ready, to)
-                    if not SQUARE:
-                        at = (b_block + k // BK) * N + n
-                        to = b_scale_bufs.index(stage)
-                        tma.async_copy_global_to_shared(b_scale_desc, [at], ready, to)
+                if BLOCKED and not SQUARE:  # scales[K / 128, N] as one line
+                    at = (b_block + k // BK) * N + n
+                    to = b_scale_bufs.index(stage)
+                    tma.async_copy_global_to_shared(b_scale_desc, [at], ready, to)
                 step += 1
             upcoming += gl.num_programs(0)
         upcoming -= down * across
@@ -127,7 +123,7 @@ def rows_of(bufs, stage, BEGIN: gl.constexpr, NUM: gl.constexpr):
 @gluon.jit
 def contract_fast(bufs, step, steps, MW: gl.constexpr, WG: gl.constexpr, layout: gl.constexpr):
     """The sum [MW, BN] over all steps, in the tensor cores' own accumulator."""
-    a_bufs, b_bufs, _, _, full, empty = bufs
+    a_bufs, b_bufs, _, full, empty = bufs
     STAGES: gl.constexpr = a_bufs.shape[0]
     BN: gl.constexpr = b_bufs.shape[1]
     acc = warpgroup_mma_init(gl.zeros([MW, BN], gl.float32, layout))
@@ -150,6 +146,7 @@ def add_step(
     acc,
     part,
     bufs,
+    a_scale,
     b_scale,
     stage,
     A: gl.constexpr,
@@ -163,12 +160,11 @@ def add_step(
     ``part``, any [64, 128], gives it its registers, and the wait, which has nothing to wait for,
     keeps the addition before the next step: ptxas would otherwise keep two sums and spill.
     """
-    a_bufs, b_bufs, a_scale_bufs, b_scale_bufs, _, _ = bufs
+    a_bufs, b_bufs, b_scale_bufs, _, _ = bufs
     a, b = rows_of(a_bufs, stage, A, 64), rows_of(b_bufs, stage, B, 128).permute((1, 0))
     part = warpgroup_mma(a, b, part, use_acc=False, is_async=True)
     part = warpgroup_mma_wait(0, deps=(part,))
     if BLOCKED:
-        a_scale = rows_of(a_scale_bufs, stage, A, 64).load(gl.SliceLayout(1, layout))
         if SQUARE:
             acc += part * gl.expand_dims(a_scale * b_scale, 1)
         else:
@@ -182,8 +178,9 @@ def add_step(
 @gluon.jit
 def contract(
     bufs,
+    a_scales,  # of both parts: [64], of the first step
     b_scales,  # of both parts, where a block of 128x128 has one
-    b_stride_k,
+    strides,  # of both from step to step
     step,
     steps,
     MW: gl.constexpr,
@@ -193,40 +190,36 @@ def contract(
     layout: gl.constexpr,
 ):
     """The sums [64, 128] of both parts of a warpgroup's [MW, BN], every step added in fp32."""
-    a_bufs, b_bufs, _, _, full, empty = bufs
+    a_bufs, b_bufs, _, full, empty = bufs
     STAGES: gl.constexpr = a_bufs.shape[0]
     A: gl.constexpr = WG * MW + MW - 64  # where the second part begins
     B: gl.constexpr = b_bufs.shape[1] - 128
     acc0 = gl.zeros([64, 128], gl.float32, layout)
     acc1, part = acc0, acc0
+    a_scale0 = gl.zeros([64], gl.float32, gl.SliceLayout(1, layout))
+    a_scale1 = a_scale0
     b_scale0, b_scale1 = 0.0, 0.0
     for i in range(0, steps):
         stage = (step + i) % STAGES
+        if BLOCKED:
+            a_scale0 = gl.load(a_scales[0] + i * strides[0])
+            a_scale1 = gl.load(a_scales[1] + i * strides[0])
         if SQUARE:
-            b_scale0 = gl.load(b_scales[0] + i * b_stride_k)
-            b_scale1 = gl.load(b_scales[1] + i * b_stride_k)
+            b_scale0 = gl.load(b_scales[0] + i * strides[1])
+            b_scale1 = gl.load(b_scales[1] + i * strides[1])
         mbarrier.wait(full.index(stage), (step + i) // STAGES & 1)
         acc0, part = add_step(
-            acc0, part, bufs, b_scale0, stage, WG * MW, 0, BLOCKED, SQUARE, layout
+            acc0, part, bufs, a_scale0, b_scale0, stage, WG * MW, 0, BLOCKED, SQUARE, layout
         )
-        acc1, part = add_step(acc1, part, bufs, b_scale1, stage, A, B, BLOCKED, SQUARE, layout)
+        acc1, part = add_step(
+            acc1, part, bufs, a_scale1, b_scale1, stage, A, B, BLOCKED, SQUARE, layout
+        )
         mbarrier.arrive(empty.index(stage), count=1)
     return acc0, acc1
 
 
 @gluon.jit
-def store(
-    acc,
-    arrays,
-    strides,
-    base,
-    m,
-    rows,
-    n,
-    N,
-    BLOCKED: gl.constexpr,
-    layout: gl.constexpr,
-):
+def store(acc, arrays, strides, base, m, rows, n, N, BLOCKED: gl.constexpr, layout: gl.constexpr):
     """Scale acc, round it, and store it from row base + m and column n of out[.., N]."""
     out_ptr, a_scales, b_scales = arrays
     BM: gl.constexpr = acc.shape[0]
@@ -261,8 +254,8 @@ def multiply(
 ):
     """Warpgroup WG of two: its half of the rows of every tile of this program."""
     out_ptr, a_scale_ptr, b_scale_ptr, offs_ptr = arrays
-    a_stride_e, a_stride, b_stride_e, b_stride, b_stride_k = strides
-    a_bufs, b_bufs, _, _, _, _ = bufs
+    a_stride_e, a_stride, a_stride_k, b_stride_e, b_stride, b_stride_k = strides
+    a_bufs, b_bufs, _, _, _ = bufs
     E, M, N, K = sizes
     BM: gl.constexpr = a_bufs.shape[1]
     BN: gl.constexpr = b_bufs.shape[1]
@@ -288,12 +281,19 @@ def multiply(
                 store(acc, to, by, base, m, rows, n, N, BLOCKED, layout)
             else:
                 m1, n1 = m + MW - 64, n + BN - 128  # the second part
+                r = gl.arange(0, 64, gl.SliceLayout(1, layout))
+                first = a_scales + k_begin // BK * a_stride_k
+                by_row = (
+                    first + gl.minimum(m + r, rows - 1) * a_stride,
+                    first + gl.minimum(m1 + r, rows - 1) * a_stride,
+                )
                 squares = (
                     b_scales + n // 128 * b_stride,
                     b_scales + gl.minimum(n1, N - 1) // 128 * b_stride,
                 )
+                along_k = (a_stride_k, b_stride_k)
                 acc, acc1 = contract(
-                    bufs, squares, b_stride_k, step, steps, MW, WG, BLOCKED, SQUARE, layout
+                    bufs, by_row, squares, along_k, step, steps, MW, WG, BLOCKED, SQUARE, layout
                 )
                 store(acc, to, by, base, m, rows, n, N, BLOCKED, layout)
                 store(acc1, to, by, base, m1, rows, n1, N, BLOCKED, layout)
@@ -307,7 +307,6 @@ def multiply(
 def kernel(
     a_desc,
     b_desc,
-    a_scale_desc,
     b_scale_desc,
     a_scale_ptr,
     b_scale_ptr,
@@ -319,6 +318,7 @@ def kernel(
     K,
     a_stride_e,  # of the scales: from a group to the next, from a row, from a block along K
     a_stride,
+    a_stride_k,
     b_stride_e,
     b_stride,
     b_stride_k,
@@ -333,21 +333,19 @@ def kernel(
     BK: gl.constexpr = a_desc.block_type.shape[1]
     a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BM, BK], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BN, BK], b_desc.layout)
-    a_scale_bufs, b_scale_bufs = a_bufs, b_bufs  # read only where they are scales
-    if BLOCKED:
-        a_scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BM], a_scale_desc.layout)
-        if not SQUARE:
-            b_scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BN], b_scale_desc.layout)
+    b_scale_bufs = b_bufs  # not read but as scales
+    if BLOCKED and not SQUARE:
+        b_scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BN], b_scale_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    descs = (a_desc, b_desc, a_scale_desc, b_scale_desc)
-    bufs = (a_bufs, b_bufs, a_scale_bufs, b_scale_bufs, full, empty)
+    descs = (a_desc, b_desc, b_scale_desc)
+    bufs = (a_bufs, b_bufs, b_scale_bufs, full, empty)
     sizes = (E, M, N, K)
     arrays = (out_ptr, a_scale_ptr, b_scale_ptr, offs_ptr)
-    strides = (a_stride_e, a_stride, b_stride_e, b_stride, b_stride_k)
+    strides = (a_stride_e, a_stride, a_stride_k, b_stride_e, b_stride, b_stride_k)
     gl.warp_specialize(
         [
             (multiply, (arrays, strides, bufs, sizes, GROUPS, FAST, BLOCKED, SQUARE, FIRST)),
@@ -375,19 +373,17 @@ def fill(
     square = blocked and b_scale.shape[-2] != N
     # The wider tile reads less of shared memory; not where it is wider than the result.
     BM, BN = (128, 256) if round_up(N, 256) == round_up(N, 128) else (256, 128)
-    lines = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    scale_descs = [
-        TensorDescriptor(flat := scale.mT.reshape(-1), [flat.numel()], [1], [size], lines)
-        if needed
-        else None
-        for scale, size, needed in ((a_scale, BM, blocked), (b_scale, BN, blocked and not square))
-    ]
+    b_scale_desc = None
+    if blocked and not square:
+        lines = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+        flat = b_scale.mT.reshape(-1)
+        b_scale_desc = TensorDescriptor(flat, [flat.numel()], [1], [BN], lines)
     of_a = grouped_gemm.strides(a_scale, a, groups == 2)
     of_b = grouped_gemm.strides(b_scale, b, groups == 2)
     processors = torch.cuda.get_device_properties(a.device).multi_processor_count
     kernel[(processors,)](
-        _tiles(a, BM), _tiles(b.flatten(0, -2), BN), *scale_descs, a_scale, b_scale, offs, out,
-        1 if offs is None else offs.shape[0], M, N, K, *of_a[:2], *of_b,
+        _tiles(a, BM), _tiles(b.flatten(0, -2), BN), b_scale_desc, a_scale, b_scale, offs, out,
+        1 if offs is None else offs.shape[0], M, N, K, *of_a, *of_b,
         groups, fast_accum and not blocked, blocked, square, 4 if out.element_size() == 2 else 3,
         num_warps=4,
     )  # fmt: skip

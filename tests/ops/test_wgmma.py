@@ -141,10 +141,15 @@ def test_only_what_tma_reads_is_for_warpgroups(monkeypatch):
     a, a_scale, b, b_scale, *_ = CASES["squares"]
     suits = grouped_gemm.suits_warpgroups
     assert suits(a, a_scale, b, b_scale)
-    assert not suits(a, a_scale.contiguous(), b, b_scale)  # a step's scales are apart
     assert not suits(a[:, 8:], a_scale, b, b_scale)  # not at a multiple of 16 bytes
     assert not suits(values(T, 392)[:, :K], a_scale, b, b_scale)
     assert not suits(a, a_scale, b.mT.contiguous().mT, b_scale)
     assert not suits(a, a_scale, b[:, :128], b_scale[:, :1])  # a stack with gaps
+    a, a_scale, b, b_scale, *_ = CASES["blocks of experts"]
+    assert suits(a, a_scale, b, b_scale)
+    assert not suits(a, a_scale, b, b_scale.contiguous())  # a step's scales are apart
+    odd = values(E, 386, K), ones(E, K // 128, 386).mT
+    assert not suits(a, a_scale, *odd)  # a group's line of scales begins anywhere
+    assert suits(a, ones(T), odd[0], ones(E, 386))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert not suits(a, a_scale, b, b_scale)
