@@ -48,6 +48,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     _add_ragged(command)
     command = _command(commands, "gemm", "every GEMM of a block, product by product", _gemm)
     _add_recipes(command, [name for name, r in RECIPES.items() if not r.is_bf16])
+    command.add_argument(
+        "--experts", nargs="*", default=[], choices=list(EXPERTS), help="and grouped GEMMs of these"
+    )
     command = _command(commands, "kernels", "every quantize and amax kernel", _kernels)
     command.add_argument("--no-compiled", action="store_true", help="only the ops, no fusions")
     every = list(dict.fromkeys([*LLAMAS, *MOES, *EXPERTS]))
@@ -187,7 +190,8 @@ def _layer(args: argparse.Namespace, device: torch.device) -> list[Result]:
 
 def _gemm(args: argparse.Namespace, device: torch.device) -> list[Result]:
     result = _result("gemm: operands quantized before", device)
-    result.rows = gemms.measure(_models(args), args.recipes, device, args.repeats)
+    models: list[Llama | Experts] = [*_models(args), *(EXPERTS[name] for name in args.experts)]
+    result.rows = gemms.measure(models, args.recipes, device, args.repeats)
     return [result]
 
 

@@ -22,6 +22,7 @@ from lpcompile.ops import (
     fp8,
     fused_amax,
     fused_cast_source,
+    groups,
     pointwise,
     quantize_fp8_block,
     quantize_fp8_block_grouped_t,
@@ -48,13 +49,12 @@ class Tile(NamedTuple):
     warps: int
     columns: int
     stages: int = 1
-    align: int = ALIGN  # of groups along x.T, as ``quantize_fp8_grouped_t`` has them
+    align: int = groups.ALIGN  # of groups along x.T
 
 
 SCALED = Tile(64, 64, 4, 256)
 SQUARE = Tile(128, 128, 8, 128)
 ROWS, COLUMNS = Tile(32, 128, 4, 128), Tile(128, 32, 4, 128)
-GROUPED_COLUMNS = COLUMNS._replace(align=BLOCK)
 
 _BLOCK_OPS: dict[tuple[str, str], Any] = {
     ("block", "n"): quantize_fp8_block,
@@ -198,16 +198,16 @@ def _kernels(forms: list[Form]) -> Iterator[tuple[Tile, list[int]]]:
     Blocks of both ways would share a tile of 128x128, which spills: 1.9 ms for SwiGLU's five copies
     of 16384 x 14336 on an H200, where two reads take less (triton 3.6).
     """
-    ragged = any(form.way == "g" and form.kind not in BLOCKS for form in forms)
+    ragged = any(form.way == "g" for form in forms)
     tiles: dict[tuple[Tile, bool], list[int]] = {}
     for i, form in enumerate(forms):
         if form.kind == "square":
             tile = SQUARE
         elif form.kind == "block":
-            tile = {"n": ROWS, "t": COLUMNS, "g": GROUPED_COLUMNS}[form.way]
+            tile = ROWS if form.way == "n" else COLUMNS
         else:
             tile = SCALED
-        tiles.setdefault((tile, ragged and tile is SCALED and form.way == "t"), []).append(i)
+        tiles.setdefault((tile, ragged and form.way == "t"), []).append(i)
     for (tile, _), mine in tiles.items():
         yield tile, mine
 

@@ -2,11 +2,10 @@
 
     -> values[C, Tp] e4m3 or e5m2, scales[C, Tp / 128], offs_padded[E]
 
-Blocks of 128 tokens inside each group, for wgrad. Groups begin at multiples of 128, not of 16 as
-in ``quantize_fp8_grouped_t``: then a step of the GEMM is one block with no mask, and the same
-offsets serve values and scales. It costs at most 128 bytes a group and column; a second offset for
-scales, and masks, would cost every step of the GEMM. Padding is zero. Arithmetic:
-``lpcompile.ops.fp8``; layout: ``lpcompile.ops.groups``. With ``rows``, of x[rows].
+Blocks of 128 tokens inside each group, for wgrad. Groups begin at multiples of 128, as in
+``quantize_fp8_grouped_t``: a step of the GEMM is one block, and the same offsets serve values and
+scales. Padding is zero. Arithmetic: ``lpcompile.ops.fp8``; layout: ``lpcompile.ops.groups``. With
+``rows``, of x[rows].
 """
 
 from typing import Any

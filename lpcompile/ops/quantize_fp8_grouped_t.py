@@ -2,8 +2,8 @@
 
     -> values[C, Tp] e4m3 or e5m2, scales, offs_padded[E]
 
-What wgrad of a grouped GEMM reads of dY and X. Every group begins at a multiple of 16, which is
-what the grouped GEMM reads, and the padding, made here, is zero (layout: ``lpcompile.ops.groups``).
+What wgrad of a grouped GEMM reads of dY and X. Every group begins at a multiple of 128, a step
+of the grouped GEMM, and the padding, made here, is zero (layout: ``lpcompile.ops.groups``).
 
     amax[E, C] of ``amax_column_grouped`` -> scales[E * C], group after group: row scales
     amax[1] of ``amax_tensor_grouped``    -> scales[1]: one for all tokens
@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import amax_column_grouped, amax_tensor_grouped, fp8, groups
-from lpcompile.ops.define import ALIGN, define, same_bits
+from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.groups import ALIGN
 
 Made = tuple[Tensor, Tensor, Tensor]
 

@@ -8,12 +8,11 @@ fp32 accumulation, scales on the accumulator, one rounding. The shape of the sca
 they reach: a row each ([T]; [E, N]; flat [E * M] of wgrad's operands), a matrix ([1]; [E]), or
 blocks of 128 ([T, K / 128]; [E, N, K / 128], or [E, N / 128, K / 128] of a weight).
 
-Rows of [T, N] past offs[-1] are whatever they are. offs of wgrad are the quantizer's offs_padded.
+Rows of [T, N] past offs[-1] are whatever they are. offs of wgrad are the quantizer's offs_padded,
+multiples of ``groups.ALIGN``.
 
-Hopper's CUTLASS grouped GEMM, through aten, has e4m3 and row scales only (torch 2.11); a tensor
-scale is a row scale repeated. ``grouped_gemm``, in Triton, does the rest. MXFP8 and NVFP4 operands,
-told by the dtype of their scales, go to ``block_scaled_grouped``, NVFP4's with the amax of a
-tensor, [1] for all groups or [E].
+MXFP8 and NVFP4 operands, told by the dtype of their scales, go to ``block_scaled_grouped``, NVFP4's
+with the amax of a tensor, [1] for all groups or [E].
 """
 
 from typing import Any
@@ -40,7 +39,7 @@ from lpcompile.ops import (
     scaled_mm,
 )
 from lpcompile.ops.block_scaled import Side
-from lpcompile.ops.define import ALIGN, define, per_column
+from lpcompile.ops.define import define, per_column
 
 
 def outputs(
@@ -157,55 +156,12 @@ def launch(
         return launch(*args, a_amax, b_amax).unflatten(0, (E, M))
     if not (a.shape[0] and b.shape[-2]):
         return outputs(a, a_scale, b, b_scale, offs, out_dtype, fast_accum)
-    if _suits_cutlass(a, a_scale, b):
-        return by_cutlass(a, a_scale, b, b_scale, offs, out_dtype, fast_accum)
     made = outputs(a, a_scale, b, b_scale, offs, out_dtype, fast_accum)
     if a_scale.dtype in block_scaled.SCALES:
         sides = Side(a, a_scale, a_amax), Side(b, b_scale, b_amax)
         return block_scaled_grouped.launch(*sides, offs, made)
     grouped_gemm.fill(a, a_scale, b, b_scale, offs, made, fast_accum)
     return made
-
-
-def _suits_cutlass(a: Tensor, a_scale: Tensor, b: Tensor) -> bool:
-    """Row or tensor scales, e4m3, and sides that are multiples of 16, on Hopper."""
-    return (
-        torch.cuda.get_device_capability(a.device)[0] == 9
-        and a_scale.dim() == 1
-        and a.dtype == b.dtype == torch.float8_e4m3fn
-        and a.shape[1] > 0
-        and b.shape[-2] % ALIGN == 0
-        and (b.dim() == 3 or a.shape[0] % ALIGN == 0)
-    )
-
-
-def by_cutlass(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offs: Tensor,
-    out_dtype: torch.dtype,
-    fast_accum: bool,
-) -> Tensor:
-    """Through ``torch._scaled_grouped_mm``, which takes a scale for every row and writes bf16."""
-    M, N, groups_of = a.shape[0], b.shape[-2], offs.shape[0]
-    if b.dim() == 3:
-        a_rows = a_scale.expand(M)
-        b_rows = b_scale[:, None].expand(-1, N) if b_scale.dim() == 1 else b_scale
-    else:
-        a_rows = a_scale.expand(groups_of * M)
-        b_rows = b_scale.expand(groups_of * N)
-    made = torch._scaled_grouped_mm(
-        a,
-        b.mT,
-        a_rows.contiguous(),
-        b_rows.contiguous(),
-        offs=offs,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=fast_accum,
-    )
-    return made.to(out_dtype)
 
 
 def _flops(a: Any, a_scale: Any, b: Any, b_scale: Any, offs: Any, *args: Any, **kwargs: Any) -> int:

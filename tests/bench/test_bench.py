@@ -10,6 +10,7 @@ from lpcompile.__main__ import main
 from lpcompile.bench import gemms, kernels, layers, machine, models, moe, profile, report, variants
 from lpcompile.bench.timing import Timing, interleave
 from lpcompile.errors import ShapeError
+from lpcompile.ops import groups
 from lpcompile.recipes import RECIPES
 
 CPU = torch.device("cpu")
@@ -126,20 +127,43 @@ def test_gemms_are_those_of_the_model_in_bf16_and_every_kind(tmp_path):
         assert max(shares) == 1
 
 
-@pytest.mark.parametrize("product", ["fprop", "dgrad", "wgrad"])
-def test_what_is_timed_as_a_gemm_is_that_product(product):
-    m, n, k = 48, 32, 64
-    lhs, rhs = gemms._operands(product, m, n, k, CPU)
-    expected = {
-        "fprop": lambda: lhs.double() @ rhs.double().t(),
-        "dgrad": lambda: lhs.double() @ rhs.double(),
-        "wgrad": lambda: lhs.double().t() @ rhs.double(),
-    }[product]()
-    for case in gemms.cases([models.LLAMAS["tiny"]], ["fp8_rowwise"]):
-        if case.product == product:
-            made = gemms.multiplier(case.gemm, product, lhs, rhs)().double()
+def test_grouped_gemms_are_those_of_the_experts(tmp_path):
+    arguments = ["--model", "tiny", "--experts", "tiny", "--recipes", "fp8_rowwise"]
+    (result,) = run(tmp_path, "gemm", *arguments)
+    tiny = models.EXPERTS["tiny"]
+    grouped = [row for row in result.rows if row["groups"] == tiny.num_experts]
+    assert len(grouped) == 2 * 2 * 3  # bf16 and FP8, both ways round, every product
+    assert {(r["M"], r["N"], r["K"]) for r in grouped} == {
+        (tiny.rows, tiny.hidden, tiny.dim),
+        (tiny.rows, tiny.dim, tiny.hidden),
+    }
+
+
+@pytest.mark.parametrize("model", ["LLAMAS", "EXPERTS"])
+def test_what_is_timed_as_a_gemm_is_that_product(model):
+    tiny = getattr(models, model)["tiny"]
+    for case in gemms.cases([tiny], ["fp8_rowwise"]):
+        lhs, rhs, *offs = gemms._operands(case, CPU)
+        made = gemms.multiplier(case, lhs, rhs, *offs)().double()
+        lhs, rhs = lhs.double(), rhs.double()
+        if not offs:
+            expected = product_of(case.product, lhs, rhs)
             assert made.shape == expected.shape
             assert (made - expected).norm() < 0.06 * expected.norm()
+        for e, rows in enumerate(groups.slices(*offs) if offs else ()):
+            across = case.product == "wgrad"
+            expected = product_of(case.product, lhs[rows], rhs[rows] if across else rhs[e])
+            mine = made[e] if across else made[rows]
+            assert mine.shape == expected.shape
+            assert (mine - expected).norm() < 0.06 * expected.norm()
+
+
+def product_of(product, lhs, rhs):
+    return {
+        "fprop": lambda: lhs @ rhs.t(),
+        "dgrad": lambda: lhs @ rhs,
+        "wgrad": lambda: lhs.t() @ rhs,
+    }[product]()
 
 
 def test_kernels_are_charged_for_the_bytes_of_their_tensors(tmp_path):

@@ -37,6 +37,7 @@ def narrow4(a, b, c, d, ELEMENT: tl.constexpr):
 
 
 fp8.narrow4 = narrow4
+grouped_gemm.suits_warpgroups = lambda *args: False  # there is no interpreter of Gluon
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 blocks.runs_native = lambda x: False
 dequantized = block_scaled_grouped._dequantized

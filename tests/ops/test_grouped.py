@@ -16,7 +16,7 @@ from torch.torch_version import TorchVersion as Version
 
 from lpcompile import Operand, gemm, gemm_grouped, ops
 from lpcompile.ops import grouped_gemm, groups, hadamard, philox, quantize_nvfp4
-from lpcompile.ops.define import ALIGN, per_column, round_up, same_bits
+from lpcompile.ops.define import per_column, round_up, same_bits
 from lpcompile.recipes import RECIPES
 
 E4M3 = torch.float8_e4m3fn
@@ -135,8 +135,9 @@ def test_a_draw_in_a_group_is_that_of_its_place_in_what_is_made(signs, counts):
 @given(sizes, st.integers(0, 20))
 def test_groups_are_padded_to_where_a_gemm_reads_them(counts, past):
     x, offs = tokens(sum(counts) + past, 8), ends(counts)
+    fp8 = [(made, groups.ALIGN) for made in (by_rows(x, offs), by_blocks(x, offs))]
     micro = [(by_micro(x, offs, operand), 32) for operand in MICRO.values()]
-    for made, align in ((by_rows(x, offs), ALIGN), (by_blocks(x, offs), BLOCK), *micro):
+    for made, align in (*fp8, *micro):
         assert made[2].diff(prepend=torch.zeros(1, dtype=torch.int32)).tolist() == [
             round_up(n, align) for n in counts
         ]
@@ -310,14 +311,14 @@ def test_every_column_of_every_group_is_right(seed, kind):
         size = magnitudes(args)
         assert per_group(module.op(*args), expected, size, offs) == ""
         made = module.outputs(*args)
-        grouped_gemm.fill(*args[:5], made, fast)  # also where CUTLASS is chosen
+        grouped_gemm.fill_anywhere(*args[:5], made, fast)  # where it is not chosen too
         assert per_group(made, expected, size, offs) == ""
     (a, a_scale, padded), (b, b_scale, _) = along_tokens(dy, offs), along_tokens(x, offs)
     args = (a, a_scale, b, b_scale, padded, torch.bfloat16, False)
     expected = module.exact(*args)
     assert per_column(0.01)(module.op(*args), expected) == ""
     made = module.outputs(*args)
-    grouped_gemm.fill(*args[:5], made, False)
+    grouped_gemm.fill_anywhere(*args[:5], made, False)
     assert per_column(0.01)(made, expected) == ""
 
 
