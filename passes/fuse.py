@@ -121,6 +121,8 @@ def _request(node: fx.Node) -> Request:
     given: list[Any] = [n for n in rest if isinstance(n, fx.Node)]
     amax = given.pop(0) if source else None
     makes = amax is not None and amax.target in AMAXES and amax.args[0] is x
+    # Of rows that are picked from x, in whose order the groups lie, it is none of x's.
+    makes = makes and not amax.kwargs.get("rows")  # type: ignore[union-attr]
     if amax is not None and makes and amax.target is ops.amax_tensor_grouped.op:
         kind, given = "tokens", [amax.args[1]]
     elif kind == "row" and way == "g" and value(amax).dim() == 1:  # type: ignore[arg-type]

@@ -218,7 +218,7 @@ def hugging_face(name, **kwargs):
 
 # A compiled graph runs the decomposition of a sigmoid's gradient op by op in bf16, where CUDA's
 # kernel, which the oracle calls, rounds once.
-OTHER_BOUNDS = {("gpt_oss", "cuda"): per_column(0.04)}
+OTHER_BOUNDS = {("gpt_oss", "cuda"): per_column(0.06)}
 
 
 def bound(name, recipe, device):

@@ -21,7 +21,7 @@ def outputs(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
 
 
 def reference(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
-    x = groups.tokens(x, rows)
+    x = groups.tokens(x, offs, rows)
     return torch.stack([amax_column.reference(x[group]) for group in groups.slices(offs)])
 
 

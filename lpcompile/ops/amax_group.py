@@ -21,6 +21,7 @@ def outputs(x: Tensor, offs: Tensor, signs: int | None) -> Tensor:
 
 
 def reference(x: Tensor, offs: Tensor, signs: int | None) -> Tensor:
+    x = groups.tokens(x, offs)
     each = [x[rows] for rows in groups.slices(offs)]
     if signs is not None:
         each = [hadamard.reference(one, signs) for one in each]

@@ -20,7 +20,7 @@ def outputs(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
 
 
 def reference(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
-    return amax_tensor.reference(groups.tokens(x, rows)[: groups.slices(offs)[-1].stop])
+    return amax_tensor.reference(groups.tokens(x, offs, rows)[: groups.slices(offs)[-1].stop])
 
 
 def launch(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lpcompile.errors import ShapeError
 from lpcompile.ops import turned
 from lpcompile.ops.define import round_up
 
@@ -50,9 +51,18 @@ def num_tokens(x: Tensor, rows: Tensor | None) -> Any:
     return (x if rows is None else rows).shape[0]
 
 
-def tokens(x: Tensor, rows: Tensor | None) -> Tensor:
-    """x[T, C], or x[rows]. For references."""
-    return x if rows is None else x[rows]
+def tokens(x: Tensor, offs: Tensor, rows: Tensor | None = None) -> Tensor:
+    """x[T, C], or x[rows], in which groups end at ``offs``. For references.
+
+    A kernel that is given the ends of another tensor's groups reads past this one's.
+    """
+    made = x if rows is None else x[rows]
+    if len(offs) and offs[-1] > len(made):
+        raise ShapeError(
+            f"groups that end at row {int(offs[-1])} in a tensor of {len(made)}: got the offs of "
+            "another one; give those that end inside it"
+        )
+    return made
 
 
 @triton.jit

@@ -37,7 +37,7 @@ def outputs(
 def reference(
     x: Tensor, offs: Tensor, element: torch.dtype, pow2: bool, rows: Tensor | None = None
 ) -> Made:
-    x = groups.tokens(x, rows)
+    x = groups.tokens(x, offs, rows)
     C, columns = x.shape[1], groups.padded_length(x.shape[0], offs.shape[0], BLOCK)
     values = x.new_zeros((C, columns), dtype=element)
     zeros = x.new_zeros((columns // BLOCK, C), dtype=torch.float32).t()

@@ -49,7 +49,7 @@ def reference(
     pow2: bool,
     rows: Tensor | None = None,
 ) -> Made:
-    x = groups.tokens(x, rows)
+    x = groups.tokens(x, offs, rows)
     scale = fp8.encode_scale(amax, element, pow2)
     columns = groups.padded_length(x.shape[0], offs.shape[0], ALIGN)
     values = x.new_zeros((x.shape[1], columns), dtype=element)

@@ -42,7 +42,7 @@ def outputs(x: Tensor, offs: Tensor, element: torch.dtype, floor: bool) -> Made:
 def reference(x: Tensor, offs: Tensor, element: torch.dtype, floor: bool) -> Made:
     values, scales, _ = outputs(x, offs, element, floor)
     values.view(torch.uint8).zero_(), scales.zero_()
-    padded = groups.padded_ends(offs, BLOCK)
+    padded, x = groups.padded_ends(offs, BLOCK), groups.tokens(x, offs)
     for rows, to in zip(groups.slices(offs), groups.slices(padded), strict=True):
         made, over = quantize_mxfp8.by_blocks(x[rows].t(), 1, element, floor)
         values[:, to] = made

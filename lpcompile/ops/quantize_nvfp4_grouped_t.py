@@ -54,7 +54,7 @@ def reference(
 ) -> Made:
     values, scales, _ = outputs(x, amax, offs, signs, seed, draw)
     values.zero_(), scales.view(torch.uint8).zero_()
-    padded = groups.padded_ends(offs, ALIGN)
+    padded, x = groups.padded_ends(offs, ALIGN), groups.tokens(x, offs)
     word = words(seed, draw, (x.shape[1], 2 * values.shape[1]))
     ranges = zip(groups.slices(offs), groups.slices(padded), strict=True)
     for e, (rows, to) in enumerate(ranges):
