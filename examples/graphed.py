@@ -25,7 +25,7 @@ class Graphed:
 
     def __call__(self, *given: Tensor) -> Tensor:
         self.num_calls += 1
-        # As the capture's own are: a layout that the first calls did not have would be compiled in it.
+        # As the capture's own are: another layout would be compiled, which may not be in a capture.
         given = tuple(t.contiguous() for t in given)
         if self.num_calls <= self.NUM_WARM:
             return self.function(*given)
