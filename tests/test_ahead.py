@@ -89,3 +89,12 @@ def test_a_machine_out_of_threads_compiles_all_the_same(monkeypatch):
     with torch._inductor.config.patch(force_disable_caches=True):  # on a hit no pass runs
         y = torch.compile(model, backend="lowprec", options={"rewrite": "all"})(x)
     assert y.shape == x.shape
+
+
+def test_where_a_fake_tensor_lies_is_aligned_and_no_warning(recwarn):
+    with FakeTensorMode():
+        x = torch.empty(4)
+    with ahead._instead_of_running():
+        assert x.data_ptr() == 0
+    assert not recwarn.list
+    assert torch.ones(1).data_ptr() != 0
