@@ -197,3 +197,8 @@ def test_every_target_and_every_default_run_is_a_variant():
     assert set(curves.TARGETS) <= set(convergence.VARIANTS)
     names = [convergence.variant_of(run).file for run in convergence.RUNS.split(",")]
     assert len(names) == len(set(names)) == 14
+
+
+def test_the_document_shows_the_tables_of_the_saved_curves():
+    saved = curves.read(ROOT / "docs" / "convergence.json")
+    assert curves.tables(saved) in (ROOT / "docs" / "convergence.md").read_text()
