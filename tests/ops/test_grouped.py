@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch.torch_version import TorchVersion as Version
 
 from lpcompile import Operand, gemm, gemm_grouped, ops
-from lpcompile.errors import ShapeError
 from lpcompile.ops import grouped_gemm, groups, hadamard, philox, quantize_nvfp4
 from lpcompile.ops.define import per_column, round_up, same_bits
 from lpcompile.recipes import RECIPES
@@ -395,17 +394,3 @@ def test_the_fused_quantizers_of_ragged_groups_equal_their_references(seed):
     ):
         module, args = ops.fused_cast, ([x], amaxes, "full; i0", forms, offs)
         assert same_bits(module.op(*args), module.reference(*args)) == ""
-
-
-@pytest.mark.parametrize(
-    "op",
-    [
-        ops.amax_column_grouped.op,
-        ops.amax_tensor_grouped.op,
-        lambda x, offs: ops.amax_group.op(x, offs, None),
-        by_blocks,
-    ],
-)
-def test_groups_of_another_tensor_are_refused(op):
-    with pytest.raises(ShapeError, match="end at row 9 in a tensor of 5"):
-        op(tokens(5, 16), ends([4, 5]))
