@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> dict[str, Run]:
     runs = compare(args, plan, console)
     if are_finished(runs):
         explain_llama(recipe, console)
-        console.print(plot(runs, (args.out or Path()) / "loss.png"))
+        console.print(plot(runs, (args.out or Path()) / "loss.png"), soft_wrap=True)
     return runs
 
 

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> dict[str, Run]:
     runs = compare(args, plan_of(args, console), console)
     if are_finished(runs):
         console.print(loads(runs))
-        console.print(plot(runs, (args.out or Path()) / "loss.png"))
+        console.print(plot(runs, (args.out or Path()) / "loss.png"), soft_wrap=True)
     return runs
 
 
