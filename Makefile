@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/01_train_gpt.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
