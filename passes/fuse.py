@@ -111,7 +111,7 @@ def _requests(graph: fx.Graph) -> dict[fx.Node, list[Request]]:
         if node.op == "call_function" and node.target in QUANTIZES and not node.kwargs.get("rows"):
             request = _request(node)
             # The weights of experts are stacks of matrices; a tensor has one kind of groups.
-            if _is_whole(request.x) and len(offsets([*found[request.x], request])) <= 1:
+            if is_whole(request.x) and len(offsets([*found[request.x], request])) <= 1:
                 found[request.x].append(request)
     return found
 
@@ -130,7 +130,7 @@ def _request(node: fx.Node) -> Request:
     return Request(node, x, kind, way, amax, makes, given[0] if given else None)  # type: ignore[arg-type]
 
 
-def _is_whole(x: fx.Node) -> bool:
+def is_whole(x: fx.Node) -> bool:
     """Whether x is a bf16 matrix, row after row, of a known width."""
     if len(shape(x)) != 2 or not isinstance(shape(x)[1], int):
         return False
@@ -368,4 +368,4 @@ def matrix(make: Any, cone: Cone, leaf: fx.Node, kind: str) -> fx.Node:
     wanted = {"full": large, "wide": large, "row": [-1, 1], "column": [-1], "scalar": []}[kind]
     if list(shape(leaf)) in (wanted, [cone.rows, cone.columns]):
         return leaf
-    return make(torch.ops.aten.view.default, leaf, wanted)
+    return make(aten.view.default, leaf, wanted)

@@ -15,15 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import fx
 from torch._inductor.pattern_matcher import stable_topological_sort
-from torch._prims_common import is_contiguous_or_false
 
 from lpcompile import ops
-from lpcompile.graph import call, shape, value
+from lpcompile.graph import call, value
 from lpcompile.ops.micro_source import E4M3, Form
-from lpcompile.passes.fuse import Group, groups, last, matrix, with_producers
+from lpcompile.passes.fuse import Group, groups, is_whole, last, matrix, with_producers
 
 # quantize op -> of x or of x.T, rows that share a scale
 MX: dict[Any, tuple[str, int]] = {
@@ -70,7 +68,7 @@ def run(graph: fx.Graph) -> int:
     requests: dict[fx.Node, list[Request]] = defaultdict(list)
     for node in graph.nodes:
         request = _request(node)
-        if request is not None and _is_whole(request.x):
+        if request is not None and is_whole(request.x):
             requests[request.x].append(request)
     asked = [r for rs in requests.values() for r in rs]
     inner = {n for r in asked for n in (r.node, r.transform, r.makes_amax and r.amax) if n}
@@ -111,13 +109,6 @@ def _request(node: fx.Node) -> Request | None:
     if is_transform and (way, rows) == ("n", 1) and set(x.users) <= readers:
         made.x, made.way, made.transform = x.args[0], "h", x
     return made
-
-
-def _is_whole(x: fx.Node) -> bool:
-    """Whether x is a bf16 matrix, row after row, of a known width."""
-    if len(shape(x)) != 2 or not isinstance(shape(x)[1], int):
-        return False
-    return value(x).dtype is torch.bfloat16 and is_contiguous_or_false(value(x))
 
 
 def _swizzles(node: fx.Node) -> tuple[fx.Node, ...]:

@@ -5,15 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import DEVICES, EAGER, OracleLinears, close, compiled
 from torch import nn
 
 import lpcompile
 from lpcompile.ops.define import per_column
 from lpcompile.pipeline import observe
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-EAGER = {"rewrite": "all", "codegen": "eager"}
-close = per_column(0.02)
 
 
 class Block(nn.Module):
@@ -62,13 +59,6 @@ class Branches(nn.Module):
         return (up if taken else down)(x)  # cond would compile it, and not see the oracle
 
 
-class OracleLinears(torch.overrides.TorchFunctionMode):
-    """Every F.linear through the eager oracle."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return (lpcompile.linear if func is F.linear else func)(*args, **(kwargs or {}))
-
-
 def step(model, x):
     """Output and every gradient by name, under a fixed dY."""
     model.zero_grad()
@@ -93,10 +83,6 @@ def assert_alike(made, expected, close):
     for name, e in expected.items():
         pair = (t.reshape(-1, t.shape[-1] if t.dim() > 1 else 1).float() for t in (made[name], e))
         assert close(*pair) == "", name
-
-
-def compiled(model, **options):
-    return torch.compile(model, backend="lowprec", options={**EAGER, **options}, fullgraph=True)
 
 
 def rewritten(compiles):

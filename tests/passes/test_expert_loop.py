@@ -32,11 +32,7 @@ from lpcompile.ops.define import per_column
 from lpcompile.pipeline import observe
 from lpcompile.recipes import RECIPES
 
-
-@pytest.fixture(autouse=True)
-def sizes_in_the_graph():
-    with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        yield
+pytestmark = pytest.mark.usefixtures("sizes_in_the_graph")
 
 
 @pytest.mark.parametrize("device", DEVICES)

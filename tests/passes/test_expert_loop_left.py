@@ -28,11 +28,7 @@ from lpcompile.ops.define import per_column
 from lpcompile.pipeline import observe
 from lpcompile.recipes import BF16, RECIPES
 
-
-@pytest.fixture(autouse=True)
-def sizes_in_the_graph():
-    with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        yield
+pytestmark = pytest.mark.usefixtures("sizes_in_the_graph")
 
 
 def unchecked(x, counts):
