@@ -6,6 +6,7 @@ Gloo on CPUs, NCCL on GPUs.
 """
 
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -30,11 +31,13 @@ def main(rank, device, folder):
     mesh = dist.init_device_mesh(device, (WORLD,))
     jobs = {**dense.jobs(mesh, folder), **experts.jobs(mesh)}
     for name, (job, *args) in jobs.items():
+        began = time.monotonic()
         try:
             result = job(*args)
         except (Exception, dcp.CheckpointException):  # which is no Exception
             result = {"error": traceback.format_exc()}
         torch.save(result, folder / f"{name} {rank}.pt")
+        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)  # the log shows a hang
     dist.destroy_process_group()
 
 
