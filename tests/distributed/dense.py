@@ -197,7 +197,9 @@ def run_checkpoint(case, mesh, folder, recipe=None):
 
     def start(seed, case=case):
         model = parallel(case, mesh, seed)
-        return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+        # One by one: torch 2.11's loops over many, the default on a GPU, take no DTensors (of what
+        # TP cuts) beside plain tensors (the norms).
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
 
     def train(model, optimizer):
         loss = step(model, *share(case, mesh))
