@@ -16,6 +16,7 @@ from lpcompile.ops import (
     amax_column,
     amax_tensor,
     block_scaled,
+    grouped_gemm,
     quantize_fp8_block,
     quantize_fp8_row,
     quantize_fp8_row_t,
@@ -107,8 +108,10 @@ def launch(
     if a_scale.dtype in block_scaled.SCALES:
         sides = Side(a, a_scale, a_amax), Side(b, b_scale, b_amax)
         return block_scaled.launch(*sides, out_dtype)
-    if not _is_native(a, a_scale, b):
+    if torch.cuda.get_device_capability(a.device) < (8, 9):
         return reference(a, a_scale, b, b_scale, out_dtype, fast_accum)
+    if a_scale.dim() == 2 and not _suits_cublas(a, b):
+        return _multiply_blocks(a, a_scale, b, b_scale, out_dtype)
     N = b.shape[0]
     if N % ALIGN:
         b, b_scale = _pad_rows(b, b_scale)
@@ -125,17 +128,24 @@ def launch(
     return made[:, :N].to(out_dtype).contiguous()
 
 
-def _is_native(a: Tensor, a_scale: Tensor, b: Tensor) -> bool:
-    """Whether the device multiplies these without emulation.
+def _suits_cublas(a: Tensor, b: Tensor) -> bool:
+    """Whether cuBLASLt multiplies operands in blocks.
 
-    Blocks: cuBLASLt on Hopper, where it takes whole blocks, rows of scales that start at multiples
-    of 16 bytes, and (for 128x128, torch 2.11) no stride between them but their number.
+    On Hopper, where it takes whole blocks, rows of scales that start at multiples of 16 bytes, and
+    (for 128x128, torch 2.11) no stride between them but their number: K of 768 or 2816 is refused.
     """
-    capability = torch.cuda.get_device_capability(a.device)
-    if a_scale.dim() < 2:
-        return capability >= (8, 9)
     whole = a.shape[1] % (4 * BLOCK) == 0 and a.shape[0] % 4 == 0 and b.shape[0] % ALIGN == 0
-    return capability[0] == 9 and whole
+    return torch.cuda.get_device_capability(a.device)[0] == 9 and whole
+
+
+def _multiply_blocks(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """The product of operands in blocks by our own kernels, as of one group."""
+    made = outputs(a, a_scale, b, b_scale, out_dtype, False)
+    offs = torch.full((1,), a.shape[0], device=a.device, dtype=torch.int32)
+    grouped_gemm.fill(a, a_scale, b[None], b_scale[None], offs, made, fast_accum=False)
+    return made
 
 
 def _scaled_mm(
