@@ -18,17 +18,22 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from lpcompile import gathers, ops
+from lpcompile.cones import Cone, TooComplex, is_pointwise
 from lpcompile.flow import Flow
+from lpcompile.gemm import Quantized
 from lpcompile.graph import (
     BACKWARD,
     CASTS,
     TRANSPOSES,
     VIEWS,
+    base,
     meta_of,
     peel,
+    shape,
     value,
 )
 from lpcompile.liveness import Held, is_cheap
+from lpcompile.ops.fused_quantize_row import WIDEST
 from lpcompile.recipes import Gemm
 from lpcompile.sites import Site
 
@@ -61,6 +66,9 @@ def _is_checkpointed(site: Site) -> bool:
     return site.forward is not None and "recompute" in site.forward.node.meta
 
 
+OF_COLUMNS = {ops.amax_column.op, ops.amax_column_grouped.op}
+
+
 def quantize_meta(site: Site, operand: fx.Node, is_second: bool, late: bool) -> dict[str, Any]:
     """The meta of an operand's quantize: when it runs, and that no policy for mm saves it."""
     meta = meta_of(site.node)
@@ -80,12 +88,44 @@ def quantize_meta(site: Site, operand: fx.Node, is_second: bool, late: bool) -> 
     return meta
 
 
-def keep_amax(site: Site, values: fx.Node) -> None:
-    """Save the amax of W, one number, that the quantize of W for the backward reads as well."""
-    quantize = values.all_input_nodes[0]
-    for node in quantize.all_input_nodes:
-        if node.target is ops.amax_tensor.op and not _is_checkpointed(site):
+def keep_amax(site: Site, quantized: Quantized) -> None:
+    """Save the amax that the backward narrows an operand under, where the forward can take it.
+
+    Of a tensor, that which the forward narrows it under. Of columns, where the forward narrows the
+    same tensor by rows, and takes their maxima in that read (``lpcompile.passes.fuse_columns``).
+    """
+    for node in quantized.values.all_input_nodes[0].all_input_nodes:
+        if node.target is ops.amax_tensor.op and site.product == "fprop":
             del node.meta["recompute"]
+        elif node.target in OF_COLUMNS and (site.product == "dgrad" or not _is_checkpointed(site)):
+            _take_in_forward(node)
+
+
+def _take_in_forward(amax: fx.Node) -> None:
+    """Move an amax to the forward's quantize of the same tensor by rows, and name it there.
+
+    Were it not an argument there, min-cut would take it in the backward: it has the tensor.
+    """
+    x: fx.Node = amax.args[0]  # type: ignore[assignment]
+    for user in x.users:
+        forward = user.meta.get("partitioner_tag") != BACKWARD and not user.kwargs.get("columns")
+        if user.target is ops.quantize_fp8_row.op and forward and _serves_both(x):
+            user.prepend(amax)
+            user.update_kwarg("columns", amax)
+            amax.meta["partitioner_tag"] = user.meta.get("partitioner_tag")
+            return
+
+
+def _serves_both(x: fx.Node) -> bool:
+    """Whether one kernel can narrow x by rows and take the maxima of its columns."""
+    if len(shape(x)) > 2 or not is_pointwise(base(x)):  # in memory anyway
+        return gathers.find(x) is None
+    cone = Cone(shape(x)[0], shape(x)[1], lambda node: True)
+    try:
+        cone.add(x)
+    except TooComplex:
+        return False
+    return cone.fits and cone.num_full * cone.columns <= WIDEST
 
 
 def _recompute(node: fx.Node, through: Container[Any]) -> None:

@@ -47,8 +47,8 @@ def _rewrite(
         how_quantize = partial(quantize, operand=how_operand, transpose=transposed != (side == 1))
         given = (x, seed) if how_operand.rounding == "stochastic" else (x,)
         made = emit(node, partial(_with_seed, how_quantize), *given, meta=meta)
-        if is_second and site.product == "fprop":
-            placement.keep_amax(site, made.values)
+        if is_second:
+            placement.keep_amax(site, made)
         quantized.append(made)
     multiply = partial(
         gemm.multiply,

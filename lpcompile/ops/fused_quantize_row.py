@@ -3,6 +3,11 @@
 One read of the inputs, with whole rows in registers, where Inductor's fused loop reads them twice:
 0.73 ms for SiLU*mul of 16384 x 14336 on an H200 (torch 2.11). Made by ``passes/fuse.py``. The bits
 are those of ``quantize_fp8_row``, given the program's.
+
+columns: also the largest magnitude of every column, for what the backward narrows across the rows:
+that of ``amax_column``, [C]; with offs[E], of ``amax_column_grouped``, [E, C]; of the matrices of an
+input [E, M, C], the weights of experts, [E, C]. A program then walks down some rows, and keeps the
+maxima in registers.
 """
 
 from functools import cache
@@ -13,24 +18,54 @@ import triton
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 
-from lpcompile.ops import fp8, fused_amax, fused_source, pointwise, quantize_fp8_row
+from lpcompile.ops import (
+    amax_column,
+    amax_column_grouped,
+    fp8,
+    fused_amax,
+    fused_source,
+    pointwise,
+    quantize_fp8_row,
+)
 from lpcompile.ops.define import define, same_bits
 
 WIDEST = 32768  # elements of the inputs' rows that the registers of one program hold
+ROWS, STAGES = 64, 3  # that a program walks down; loads in flight
 _NAMES = {element: name for name, element in fused_source.ELEMENTS.items()}
 
 
 def outputs(
-    inputs: list[Tensor], program: str, element: torch.dtype, pow2: bool
-) -> tuple[Tensor, Tensor]:
-    return quantize_fp8_row.outputs(fused_amax.full_input(inputs, program), element, pow2)
+    inputs: list[Tensor],
+    program: str,
+    element: torch.dtype,
+    pow2: bool,
+    columns: bool = False,
+    offs: Tensor | None = None,
+) -> list[Tensor]:
+    full = fused_amax.full_input(inputs, program)
+    made = [*quantize_fp8_row.outputs(full, element, pow2)]
+    if columns and offs is None:
+        made.append(amax_column.outputs(full))
+    elif columns:
+        made.append(amax_column_grouped.outputs(full, offs))  # type: ignore[arg-type]
+    return made
 
 
 def reference(
-    inputs: list[Tensor], program: str, element: torch.dtype, pow2: bool
-) -> tuple[Tensor, Tensor]:
+    inputs: list[Tensor],
+    program: str,
+    element: torch.dtype,
+    pow2: bool,
+    columns: bool = False,
+    offs: Tensor | None = None,
+) -> list[Tensor]:
     (x,) = pointwise.run(pointwise.parse(program), inputs)
-    return quantize_fp8_row.reference(x, element, pow2)
+    made = [*quantize_fp8_row.reference(x, element, pow2)]
+    if columns and offs is None:
+        made.append(amax_column.reference(x))
+    elif columns:
+        made.append(amax_column_grouped.reference(x, offs))  # type: ignore[arg-type]
+    return made
 
 
 @cache
@@ -39,26 +74,52 @@ def kernel(program: str, element: str, pow2: bool, even: bool) -> Any:
     return PyCodeCache.load(fused_source.row_source(program, element, pow2, even)).kernel
 
 
+@cache
+def walk(program: str, element: str, pow2: bool, grouped: bool, even: bool) -> Any:
+    """The generated kernel that takes the maxima of columns too."""
+    source = fused_source.walk_source(program, element, pow2, grouped, even)
+    return PyCodeCache.load(source).kernel
+
+
 def launch(
-    inputs: list[Tensor], program: str, element: torch.dtype, pow2: bool
-) -> tuple[Tensor, Tensor]:
+    inputs: list[Tensor],
+    program: str,
+    element: torch.dtype,
+    pow2: bool,
+    columns: bool = False,
+    offs: Tensor | None = None,
+) -> list[Tensor]:
     full = fused_amax.full_input(inputs, program)
     if not fp8.runs_triton(full) or not full.numel():
-        return reference(inputs, program, element, pow2)
-    (M, C), made = full.shape, outputs(inputs, program, element, pow2)
-    BC = triton.next_power_of_2(made[0].shape[1])
+        return reference(inputs, program, element, pow2, columns, offs)
+    made = outputs(inputs, program, element, pow2, columns, offs)
+    *E, M, C = full.shape
+    BC, how = triton.next_power_of_2(made[0].shape[-1]), (program, _NAMES[element], pow2)
+    given = pointwise.arguments(pointwise.parse(program), inputs)
+    if columns:
+        made[-1].zero_()
+        given += [*made[:2], made[-1].view(torch.int32)]
+        tile = [STAGES, ROWS, 1, BC]
+        grid, sizes = (triton.cdiv(M, ROWS), *E), [M, C]
+        if offs is not None:
+            groups = offs.shape[0]
+            grid, sizes = (grid[0] + groups + 1,), [offs, M, C, groups]
+            tile.append(triton.next_power_of_2(groups))
+        walk(*how, offs is not None, C == BC)[grid](
+            *given, *sizes, *tile, num_warps=max(1, BC // 2048), enable_fp_fusion=False
+        )
+        return made
     BM = max(1, 1024 // BC)
-    even = C == BC and M % BM == 0
-    kernel(program, _NAMES[element], pow2, even)[(triton.cdiv(M, BM),)](
-        *pointwise.arguments(pointwise.parse(program), inputs), *made, M, C, BM, BC,
+    kernel(*how, C == BC and M % BM == 0)[(triton.cdiv(M, BM),)](
+        *given, *made, M, C, BM, BC,
         num_warps=min(16, max(4, BC // 1024)), enable_fp_fusion=False,
     )  # fmt: skip
     return made
 
 
 op = define(
-    "fused_quantize_row(Tensor[] inputs, str program, ScalarType element, bool pow2)"
-    " -> (Tensor, Tensor)",
+    "fused_quantize_row(Tensor[] inputs, str program, ScalarType element, bool pow2,"
+    " bool columns=False, Tensor? offs=None) -> Tensor[]",
     outputs=outputs,
     reference=reference,
     launch=launch,
@@ -68,8 +129,19 @@ agrees = same_bits
 
 def samples(device: str) -> list[tuple[Any, ...]]:
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
-    return [
-        (inputs, program.replace("; v3 v5", "; v3"), element, pow2)
+    one = [
+        (inputs, program.replace("; v3 v5", "; v3"))
         for inputs, program in fused_amax.programs(device)
+    ]
+    made: list[tuple[Any, ...]] = [
+        (inputs, program, element, pow2)
+        for inputs, program in one
         for element, pow2 in ((e4m3, False), (e5m2, False), (e4m3, True))
     ]
+    made += [(inputs, program, e4m3, True, True) for inputs, program in one]
+    made += [
+        (inputs, program.replace("; v1+v2 v0", "; v0"), e4m3, False, True, offs)
+        for inputs, program, offs in fused_amax.grouped(device)
+    ]
+    stacks = [x for (x,) in amax_column.samples(device) if x.dim() == 3]
+    return made + [([x], pointwise.IDENTITY, e5m2, False, True) for x in stacks]
