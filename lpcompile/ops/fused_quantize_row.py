@@ -30,7 +30,6 @@ from lpcompile.ops import (
 from lpcompile.ops.define import define, same_bits
 
 WIDEST = 32768  # elements of the inputs' rows that the registers of one program hold
-ROWS, STAGES = 64, 3  # that a program walks down; loads in flight
 _NAMES = {element: name for name, element in fused_source.ELEMENTS.items()}
 
 
@@ -93,26 +92,45 @@ def launch(
     if not fp8.runs_triton(full) or not full.numel():
         return reference(inputs, program, element, pow2, columns, offs)
     made = outputs(inputs, program, element, pow2, columns, offs)
-    *E, M, C = full.shape
-    BC, how = triton.next_power_of_2(made[0].shape[-1]), (program, _NAMES[element], pow2)
-    given = pointwise.arguments(pointwise.parse(program), inputs)
     if columns:
-        made[-1].zero_()
-        given += [*made[:2], made[-1].view(torch.int32)]
-        tile = [STAGES, ROWS, 1, BC]
-        grid, sizes = (triton.cdiv(M, ROWS), *E), [M, C]
-        if offs is not None:
-            groups = offs.shape[0]
-            grid, sizes = (grid[0] + groups + 1,), [offs, M, C, groups]
-            tile.append(triton.next_power_of_2(groups))
-        walk(*how, offs is not None, C == BC)[grid](
-            *given, *sizes, *tile, num_warps=max(1, BC // 2048), enable_fp_fusion=False
-        )
-        return made
+        return _walk(inputs, program, (_NAMES[element], pow2), made, offs)
+    (M, C), BC = full.shape, triton.next_power_of_2(made[0].shape[1])
     BM = max(1, 1024 // BC)
-    kernel(*how, C == BC and M % BM == 0)[(triton.cdiv(M, BM),)](
-        *given, *made, M, C, BM, BC,
+    even = C == BC and M % BM == 0
+    kernel(program, _NAMES[element], pow2, even)[(triton.cdiv(M, BM),)](
+        *pointwise.arguments(pointwise.parse(program), inputs), *made, M, C, BM, BC,
         num_warps=min(16, max(4, BC // 1024)), enable_fp_fusion=False,
+    )  # fmt: skip
+    return made
+
+
+def _walk(
+    inputs: list[Tensor],
+    program: str,
+    scaling: tuple[str, bool],
+    made: list[Tensor],
+    offs: Tensor | None,
+) -> list[Tensor]:
+    """Fill values, scales and maxima: of one matrix, of each of a stack, or of ragged groups.
+
+    Programs that walk far meet in few atomics, and need enough others beside them: as many rows as
+    leave two programs for each of 132 multiprocessors, up to 128. A warp holds a row of 2048: wider
+    ones wait for each other at every row, with more of them in flight.
+    """
+    values, scales, amax = made
+    *E, M, C = fused_amax.full_input(inputs, program).shape
+    BC = triton.next_power_of_2(values.shape[-1])
+    BM, warps, stages = max(1, 1024 // BC), max(1, BC // 2048), 5 if BC == 4096 else 3
+    ROWS = min(128, max(16, triton.next_power_of_2(scales.numel() // 256)))
+    tile, grid, sizes = [stages, ROWS, BM, BC], (triton.cdiv(M, ROWS), *E), [M, C]
+    if offs is not None:
+        groups = offs.shape[0]
+        grid, sizes = (grid[0] + groups + 1,), [offs, M, C, groups]
+        tile.append(triton.next_power_of_2(groups))
+    walk(program, *scaling, offs is not None, C == BC)[grid](
+        *pointwise.arguments(pointwise.parse(program), inputs),
+        values, scales, amax.zero_().view(torch.int32), *sizes, *tile,
+        num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     return made
 
