@@ -20,7 +20,6 @@ from torch.utils.checkpoint import CheckpointPolicy
 from lpcompile import gathers, ops
 from lpcompile.cones import Cone, TooComplex, is_pointwise
 from lpcompile.flow import Flow
-from lpcompile.gemm import Quantized
 from lpcompile.graph import (
     BACKWARD,
     CASTS,
@@ -89,13 +88,13 @@ def quantize_meta(site: Site, operand: fx.Node, is_second: bool, late: bool) -> 
     return meta
 
 
-def keep_amax(site: Site, quantized: Quantized) -> None:
+def keep_amax(site: Site, values: fx.Node) -> None:
     """Save the amax that the backward narrows an operand under, where the forward can take it.
 
     Of a tensor, that which the forward narrows it under. Of columns, where the forward narrows the
     same tensor by rows, and takes their maxima in that read (``lpcompile.passes.fuse_columns``).
     """
-    for node in quantized.values.all_input_nodes[0].all_input_nodes:
+    for node in values.all_input_nodes[0].all_input_nodes:
         if node.target is ops.amax_tensor.op and site.product == "fprop":
             del node.meta["recompute"]
         elif node.target in OF_COLUMNS and (site.product == "dgrad" or not _is_checkpointed(site)):

@@ -44,15 +44,15 @@ def _unite(quantize: fx.Node) -> None:
     """Have it serve those too that quantize the same and know no maxima."""
     quantize.kwargs = {}
     for other in list(quantize.args[0].users):  # type: ignore[union-attr]
-        if other.target is quantize.target and other.args == quantize.args:
-            if other is not quantize and not other.kwargs:
-                other.replace_all_uses_with(quantize)
-                quantize.graph.erase_node(other)
+        alike = other.target is quantize.target and other.args == quantize.args
+        if alike and other is not quantize and not other.kwargs:
+            other.replace_all_uses_with(quantize)
+            quantize.graph.erase_node(other)
 
 
 def _replace(graph: fx.Graph, quantize: fx.Node, amax: fx.Node, private: set[fx.Node]) -> bool:
     """Whether the two could be one op, which then stands in their place."""
-    x, *how = quantize.args
+    x: Any = quantize.args[0]
     fake_mode: Any = value(amax).fake_mode  # type: ignore[attr-defined]
     make = partial(call, graph, fake_mode)
     with graph.inserting_before(quantize):
@@ -63,7 +63,9 @@ def _replace(graph: fx.Graph, quantize: fx.Node, amax: fx.Node, private: set[fx.
                 return False
             inputs = [matrix(make, group.cone, leaf, kind) for leaf, kind in group.cone.leaves]
             program = group.cone.program([name for name, _ in group.results]).text()
-        made = make(ops.fused_quantize_row.op, inputs, program, *how, True, *amax.args[1:])
+        made = make(
+            ops.fused_quantize_row.op, inputs, program, *quantize.args[1:], True, *amax.args[1:]
+        )
         columns = make(operator.getitem, made, 2)
     quantize.replace_all_uses_with(made)
     amax.replace_all_uses_with(columns)

@@ -84,7 +84,7 @@ def _quantize(
         made = emit(node, partial(_groups_t, how, draw), x, offs, *drawn, meta=meta)
         quantized = made[0]
     if is_second:
-        placement.keep_amax(site, quantized)
+        placement.keep_amax(site, quantized.values)
     return made
 
 

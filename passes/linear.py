@@ -48,7 +48,7 @@ def _rewrite(
         given = (x, seed) if how_operand.rounding == "stochastic" else (x,)
         made = emit(node, partial(_with_seed, how_quantize), *given, meta=meta)
         if is_second:
-            placement.keep_amax(site, made)
+            placement.keep_amax(site, made.values)
         quantized.append(made)
     multiply = partial(
         gemm.multiply,

@@ -29,11 +29,11 @@ primals_1 is x
     mm = aten.mm.default(primals_1, permute)
   after
     amax_column_1 = lpcompile.amax_column(primals_1)
-    values, scales = lpcompile.quantize_fp8_row(primals_1, torch.float8_e4m3fn, True, columns=amax_column_1)
+    values, scales = lpcompile.quantize_fp8_row(primals_1, torch.float8_e4m3fn, True, COLUMNS_1)
     amax_column_2 = lpcompile.amax_column(primals_2)
-    values_1, scales_1 = lpcompile.quantize_fp8_row(primals_2, torch.float8_e4m3fn, True, columns=amax_column_2)
+    values_1, scales_1 = lpcompile.quantize_fp8_row(primals_2, torch.float8_e4m3fn, True, COLUMNS_2)
     mm = lpcompile.scaled_mm(values, scales, values_1, scales_1, torch.bfloat16, True)
-"""
+""".replace("COLUMNS", "columns=amax_column")
 
 
 class FFN(nn.Module):

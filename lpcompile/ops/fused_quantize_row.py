@@ -5,9 +5,10 @@ One read of the inputs, with whole rows in registers, where Inductor's fused loo
 are those of ``quantize_fp8_row``, given the program's.
 
 columns: also the largest magnitude of every column, for what the backward narrows across the rows:
-that of ``amax_column``, [C]; with offs[E], of ``amax_column_grouped``, [E, C]; of the matrices of an
-input [E, M, C], the weights of experts, [E, C]. A program then walks down some rows, and keeps the
-maxima in registers.
+amax[C] of ``amax_column``; with offs[E], amax[E, C] of ``amax_column_grouped``; of an input
+[E, M, C], the weights of experts, amax[E, C]. A program then walks down some rows, and keeps the
+maxima in registers. Beside the quantize alone that takes 14 to 24 us where an amax of its own takes
+34 to 103 (64 x 1408 x 2048: 128 us, 146 us with it, 93 us of its own; H200, torch 2.11).
 """
 
 from functools import cache
@@ -122,7 +123,8 @@ def _walk(
     BC = triton.next_power_of_2(values.shape[-1])
     BM, warps, stages = max(1, 1024 // BC), max(1, BC // 2048), 5 if BC == 4096 else 3
     ROWS = min(128, max(16, triton.next_power_of_2(scales.numel() // 256)))
-    tile, grid, sizes = [stages, ROWS, BM, BC], (triton.cdiv(M, ROWS), *E), [M, C]
+    tile, grid = [stages, ROWS, BM, BC], (triton.cdiv(M, ROWS), *E)
+    sizes: list[Any] = [M, C]
     if offs is not None:
         groups = offs.shape[0]
         grid, sizes = (grid[0] + groups + 1,), [offs, M, C, groups]
