@@ -25,29 +25,31 @@ from lpcompile.placement import OF_COLUMNS
 
 def run(graph: fx.Graph) -> int:
     """Merge what one read serves, and return how many quantizes were merged."""
-    pairs = {}
-    for quantize in list(calls(graph, (ops.quantize_fp8_row.op,))):
-        amax = quantize.kwargs.get("columns")
-        if isinstance(amax, fx.Node):
-            _unite(quantize)
-            x: Any = quantize.args[0]
-            if amax.target in OF_COLUMNS and is_whole(x, len(shape(x))):
-                pairs[quantize] = amax
-    private = with_producers(graph, {*pairs, *pairs.values()})
-    count = sum(_replace(graph, *pair, private) for pair in pairs.items())
+    maxima = _maxima(graph)
+    private = with_producers(graph, {*maxima, *maxima.values()})
+    count = sum(_replace(graph, *pair, private) for pair in maxima.items())
     if count:
         stable_topological_sort(graph)
     return count
 
 
-def _unite(quantize: fx.Node) -> None:
-    """Have it serve those too that quantize the same and know no maxima."""
-    quantize.kwargs = {}
-    for other in list(quantize.args[0].users):  # type: ignore[union-attr]
-        alike = other.target is quantize.target and other.args == quantize.args
-        if alike and other is not quantize and not other.kwargs:
-            other.replace_all_uses_with(quantize)
-            quantize.graph.erase_node(other)
+def _maxima(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """The amax that a quantize names, of the first of those that make the same of one tensor.
+
+    Of two readers of x one may ask for maxima, and their quantizes differ in that.
+    """
+    made: dict[Any, fx.Node] = {}
+    found: dict[fx.Node, fx.Node] = {}
+    for quantize in list(calls(graph, (ops.quantize_fp8_row.op,))):
+        x: Any = quantize.args[0]
+        first = made.setdefault(quantize.args, quantize)
+        amax, quantize.kwargs = quantize.kwargs.get("columns"), {}
+        if isinstance(amax, fx.Node) and amax.target in OF_COLUMNS and is_whole(x, len(shape(x))):
+            found.setdefault(first, amax)
+        if first is not quantize:
+            quantize.replace_all_uses_with(first)
+            graph.erase_node(quantize)
+    return found
 
 
 def _replace(graph: fx.Graph, quantize: fx.Node, amax: fx.Node, private: set[fx.Node]) -> bool:
