@@ -122,7 +122,7 @@ def _walk(
     *E, M, C = fused_amax.full_input(inputs, program).shape
     BC = triton.next_power_of_2(values.shape[-1])
     BM, warps, stages = max(1, 1024 // BC), max(1, BC // 2048), 5 if BC == 4096 else 3
-    ROWS = min(128, max(16, triton.next_power_of_2(scales.numel() // 256)))
+    ROWS = min(128, max(32, triton.next_power_of_2(scales.numel() // 256)))
     tile, grid = [stages, ROWS, BM, BC], (triton.cdiv(M, ROWS), *E)
     sizes: list[Any] = [M, C]
     if offs is not None:
