@@ -154,13 +154,17 @@ def samples(device: str) -> list[tuple[Any, ...]]:
         (inputs, program.replace("; v3 v5", "; v3"))
         for inputs, program in fused_amax.programs(device)
     ]
+    wide = [torch.randn(70, C, device=device, dtype=torch.bfloat16) for C in (2500, 5008, 20000)]
     kinds: list[list[tuple[Any, ...]]] = [
         [
             (inputs, program, element, pow2)
             for inputs, program in one
             for element, pow2 in ((e4m3, False), (e5m2, False), (e4m3, True))
         ],
-        [(inputs, program, e4m3, True, True) for inputs, program in one],
+        [
+            (inputs, program, e4m3, True, True)
+            for inputs, program in (*one, *(([x], pointwise.IDENTITY) for x in wide))
+        ],
         [
             (inputs, program.replace("; v1+v2 v0", "; v0"), e4m3, False, True, offs)
             for inputs, program, offs in fused_amax.grouped(device)
