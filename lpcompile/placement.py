@@ -33,7 +33,7 @@ from lpcompile.graph import (
     value,
 )
 from lpcompile.liveness import Held, is_cheap
-from lpcompile.ops.fused_quantize_row import WIDEST
+from lpcompile.ops.fused_quantize_row import WIDEST_WITH_MAXIMA
 from lpcompile.recipes import Gemm
 from lpcompile.sites import Site
 
@@ -122,14 +122,17 @@ def _serves_both(x: fx.Node) -> bool:
     It does not for SiLU*mul: the backward reads gate and up for the maxima of their gradients, and
     takes those of the product in passing (16384 x 14336 on an H200: 25 us, and 86 us here).
     """
+    columns = shape(x)[-1]
+    if not isinstance(columns, int) or columns > WIDEST_WITH_MAXIMA:
+        return False
     if len(shape(x)) > 2 or not is_pointwise(base(x)):  # in memory anyway
         return gathers.find(x) is None
-    cone = Cone(shape(x)[0], shape(x)[1], _is_narrowed_alone)
+    cone = Cone(shape(x)[0], columns, _is_narrowed_alone)
     try:
         cone.add(x)
     except TooComplex:
         return False
-    return cone.fits and cone.num_full == 1 and cone.columns <= WIDEST
+    return cone.fits and cone.num_full == 1
 
 
 def _is_narrowed_alone(node: fx.Node) -> bool:

@@ -17,7 +17,7 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 
 from lpcompile import ops
 from lpcompile.graph import call, calls, shape, value
-from lpcompile.ops.fused_quantize_row import WIDEST
+from lpcompile.ops.fused_quantize_row import WIDEST_WITH_MAXIMA
 from lpcompile.ops.pointwise import IDENTITY
 from lpcompile.passes.fuse import alone, is_whole, matrix, with_producers
 from lpcompile.placement import OF_COLUMNS
@@ -61,7 +61,7 @@ def _replace(graph: fx.Graph, quantize: fx.Node, amax: fx.Node, private: set[fx.
         inputs, program = [x], IDENTITY
         if len(shape(x)) == 2:
             group = alone(x, [], private)
-            if group.cone.num_full * group.cone.columns > WIDEST:
+            if group.cone.num_full * group.cone.columns > WIDEST_WITH_MAXIMA:
                 return False
             inputs = [matrix(make, group.cone, leaf, kind) for leaf, kind in group.cone.leaves]
             program = group.cone.program([name for name, _ in group.results]).text()

@@ -97,8 +97,8 @@ def launch(
     if blocks.is_turned(x):
         BR, BC, run, one_read, warps = 64, 128, 8, whole <= 128, 4
     elif whole <= 32768:
-        BR, BC, run, one_read = max(1, 1024 // whole), whole, 1, True
-        warps = min(16, max(4, whole // 1024))
+        BR, BC, run, one_read = max(1, 2048 // whole), whole, 1, True
+        warps = min(16, max(2, whole // 1024))
     else:
         BR, BC, run, one_read, warps = 1, 8192, 1, False, 8
     kernel[(triton.cdiv(R, BR), E)](
