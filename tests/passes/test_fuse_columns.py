@@ -98,6 +98,14 @@ def test_an_activation_of_one_tensor_is_read_once_for_both(monkeypatch):
     assert len(with_maxima(forward)) == 4
 
 
+def test_maxima_of_rows_that_are_too_wide_are_the_backwards(monkeypatch):
+    monkeypatch.setattr(placement, "WIDEST_WITH_MAXIMA", HIDDEN - 1)
+    model = bf16(FFN(DIM, HIDDEN))
+    forward, backward, _ = cut(monkeypatch, model, data(48, DIM), recipe="fp8_rowwise")
+    assert len(with_maxima(forward)) == 3
+    assert count(backward)[ops.amax_column.op] == 1  # of w2, whose rows are as wide as h
+
+
 def test_one_of_two_readers_that_asks_for_maxima_does_not_have_x_narrowed_twice(monkeypatch):
     model, x = bf16(FFN(DIM, HIDDEN)), data(48, DIM)
     rules = [Rule("w1", "fp8_rowwise_wgrad_bf16")]
