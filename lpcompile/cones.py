@@ -41,7 +41,6 @@ POINTWISE: dict[Any, str] = {
     aten._to_copy.default: "",
 }
 LARGE = ("full", "wide")  # kinds of inputs as large as the result
-MOST_INPUTS, MOST_STATEMENTS = 4, 48  # of a program that one kernel computes
 NAMES = {torch.bfloat16: "bf16", torch.float32: "float", torch.bool: "bool"}
 
 
@@ -111,11 +110,6 @@ class Cone:
     def num_full(self) -> int:
         """Inputs as large as the result."""
         return sum(kind in LARGE for _, kind in self.leaves)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the program is small enough for one kernel."""
-        return self.num_full <= MOST_INPUTS and len(self.statements) <= MOST_STATEMENTS
 
     def _is_inside(self, node: fx.Node) -> bool:
         if node.op != "call_function" or node.target not in POINTWISE or node.kwargs.get("alpha"):

@@ -33,6 +33,7 @@ from lpcompile.ops.fused_quantize_row import WIDEST
 from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, Form
 from lpcompile.ops.quantize_fp8_block import BLOCK
 
+MOST_INPUTS, MOST_STATEMENTS = 4, 48
 _LETTERS = {element: name for name, element in ELEMENTS.items()}
 # quantize op -> kind of scale, which way (``Form.way``), and the op that makes its amax
 QUANTIZES: dict[Any, tuple[str, str, Any]] = {
@@ -189,9 +190,9 @@ def _is_pointwise(node: fx.Node) -> bool:
 
 def groups(requests: dict[fx.Node, list[Any]], private: set[fx.Node]) -> list[Group]:
     """Tensors whose producers read the same inputs together, the others by themselves."""
-    single = [alone(x, rs, private) for x, rs in requests.items()]
+    alone = [_alone(x, rs, private) for x, rs in requests.items()]
     made: list[Group] = []
-    for group in sorted(single, key=lambda g: -g.cone.num_full):
+    for group in sorted(alone, key=lambda g: -g.cone.num_full):
         for i, other in enumerate(made):
             if _joins(group, other) and (both := _join(group, other, private)) is not None:
                 made[i] = both
@@ -212,14 +213,18 @@ def _add(cone: Cone, x: fx.Node) -> str:
     return "+".join(cone.add(part) for part in parts)
 
 
-def alone(x: fx.Node, requests: list[Any], private: set[fx.Node]) -> Group:
-    """The group of one tensor, and of what makes it where a kernel can."""
+def _fits(cone: Cone) -> bool:
+    """Whether a program is small enough for one kernel."""
+    return cone.num_full <= MOST_INPUTS and len(cone.statements) <= MOST_STATEMENTS
+
+
+def _alone(x: fx.Node, requests: list[Any], private: set[fx.Node]) -> Group:
     cone = _cone(x, private)
     try:
         name = _add(cone, x)
     except TooComplex:
         name = ""
-    if not name or not cone.fits:
+    if not name or not _fits(cone):
         cone = _cone(x, set())
         name = cone.leaf(x, "full")
     return Group(cone, [(name, requests)])
@@ -244,7 +249,7 @@ def _join(a: Group, b: Group, private: set[fx.Node]) -> Group | None:
         results = [(_add(cone, rs[0].x), rs) for g in (b, a) for _, rs in g.results]
     except TooComplex:
         return None
-    return Group(cone, results) if cone.fits else None
+    return Group(cone, results) if _fits(cone) else None
 
 
 def _depend(nodes: Iterable[fx.Node], on: set[fx.Node]) -> bool:

@@ -3,9 +3,9 @@
     quantize_fp8_row(x, columns=amax_column(x))  ->  fused_quantize_row(x, columns=True)
 
 What the backward narrows across the rows (W for dgrad, X for wgrad) it narrows under an amax that
-the forward saves, a vector (``placement.keep_amax``). With what makes x, where a program can hold
-that. The weights of experts are stacks of matrices, and tokens lie in groups, each with maxima of
-its own. Before ``fuse``, which takes what is left.
+the forward saves, a vector (``placement.keep_amax``). The weights of experts are stacks of
+matrices, and tokens lie in groups, each with maxima of its own. Before ``fuse``, which takes what
+is left.
 """
 
 import operator
@@ -17,20 +17,19 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 
 from lpcompile import ops
 from lpcompile.graph import call, calls, shape, value
-from lpcompile.ops.fused_quantize_row import WIDEST_WITH_MAXIMA
 from lpcompile.ops.pointwise import IDENTITY
-from lpcompile.passes.fuse import alone, is_whole, matrix, with_producers
+from lpcompile.passes.fuse import is_whole
 from lpcompile.placement import OF_COLUMNS
 
 
 def run(graph: fx.Graph) -> int:
     """Merge what one read serves, and return how many quantizes were merged."""
     maxima = _maxima(graph)
-    private = with_producers(graph, {*maxima, *maxima.values()})
-    count = sum(_replace(graph, *pair, private) for pair in maxima.items())
-    if count:
+    for quantize, amax in maxima.items():
+        _replace(graph, quantize, amax)
+    if maxima:
         stable_topological_sort(graph)
-    return count
+    return len(maxima)
 
 
 def _maxima(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
@@ -52,25 +51,16 @@ def _maxima(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return found
 
 
-def _replace(graph: fx.Graph, quantize: fx.Node, amax: fx.Node, private: set[fx.Node]) -> bool:
-    """Whether the two could be one op, which then stands in their place."""
-    x: Any = quantize.args[0]
+def _replace(graph: fx.Graph, quantize: fx.Node, amax: fx.Node) -> None:
+    """One op in the place of the two."""
     fake_mode: Any = value(amax).fake_mode  # type: ignore[attr-defined]
     make = partial(call, graph, fake_mode)
+    x, *how = quantize.args
     with graph.inserting_before(quantize):
-        inputs, program = [x], IDENTITY
-        if len(shape(x)) == 2:
-            group = alone(x, [], private)
-            if group.cone.num_full * group.cone.columns > WIDEST_WITH_MAXIMA:
-                return False
-            inputs = [matrix(make, group.cone, leaf, kind) for leaf, kind in group.cone.leaves]
-            program = group.cone.program([name for name, _ in group.results]).text()
-        made = make(
-            ops.fused_quantize_row.op, inputs, program, *quantize.args[1:], True, *amax.args[1:]
-        )
+        offs = amax.args[1:]  # where there are groups
+        made = make(ops.fused_quantize_row.op, [x], IDENTITY, *how, True, *offs)
         columns = make(operator.getitem, made, 2)
     quantize.replace_all_uses_with(made)
     amax.replace_all_uses_with(columns)
     graph.erase_node(quantize)
     graph.erase_node(amax)
-    return True

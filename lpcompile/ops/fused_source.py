@@ -125,11 +125,9 @@ def walk_source(program: str, element: str, pow2: bool, grouped: bool, even: boo
         where += [*(line.format(tile="ROWS", align=1) for line in _LOCATE), _REST]
     live = [*([] if even else ["(c < C)"]), *(["(group < E)"] if grouped else [])]
     of_column = _atomic("a", "", "best", " + group.to(tl.int64) * C + c", " & ".join(live))
-    tile = _tile(named, even, rounded=True, rows_exist=True)
-    fixed = [line for line in tile if _is_load(line, named, ("column", "scalar"))]
     inside = [
         "m = tl.minimum(start + tl.arange(0, BM), end - 1)",
-        *(line for line in tile if line not in fixed),
+        *_tile(named, even, rounded=True, rows_exist=True),
         f"x = {_live(f'f_{named.results[0]}', even)}",
         "best = fp8.larger(best, tl.reduce(tl.abs(x), 0, fp8.larger))",
         f"e = fp8.encode(tl.reduce(tl.abs(x), 1, fp8.larger), {limit}, {pow2})",
@@ -144,7 +142,6 @@ def walk_source(program: str, element: str, pow2: bool, grouped: bool, even: boo
         "c = tl.arange(0, BC)",
         "CP = (C + 15) // 16 * 16",
         "best = tl.zeros([BC], tl.float32)",
-        *fixed,
         "for start in tl.range(top, end, BM, num_stages=STAGES):",
         *(f"    {line}" for line in inside),
         *of_column,
@@ -177,12 +174,6 @@ def _tile(
     for i, kind in enumerate(program.kinds):
         lines.append(f"i{i} = {_LOADS[kind].format(i, *masks)}")
     return lines + pointwise.to_triton(program, rounded)
-
-
-def _is_load(line: str, program: pointwise.Program, kinds: tuple[str, ...]) -> bool:
-    """Whether a tile's line loads an input of one of the kinds."""
-    names = [f"i{i} = " for i, kind in enumerate(program.kinds) if kind in kinds]
-    return line.startswith(tuple(names))
 
 
 def _live(tile: str, even: bool) -> str:
