@@ -26,7 +26,7 @@ _fallback = fallback_handler(OP, add_to_fallback_set=False)
 
 
 @register_lowering(OP, type_promotion_kind=None)
-def lower(x: Any, element: torch.dtype, pow2: bool) -> Any:
+def lower(x: Any, element: torch.dtype, pow2: bool, columns: Any = None) -> Any:
     """values[R, C], scales[R] of x[R, C].
 
     The op itself where C needs padding or is symbolic, and where x is in memory: its own kernel

@@ -10,8 +10,9 @@ looks at the machine it runs on: what is narrowed must not depend on it.
 What several GEMMs read (the input of w1 and w3, of q, k and v) is quantized once, so each pays its
 share: ``readers``. Charging every reader in full leaves wgrad of a small k or v projection in bf16
 (8B: 210 us, narrowed 256 us alone, 187 us as one of three). What is merged with another quantize or
-with what makes its operand (``passes/fuse.py``) reads less: ``reads``. Charging SwiGLU's gradients
-in full leaves most products of small experts in bf16, where they gain when fused.
+with what makes its operand (``passes/fuse.py``), or narrowed under an amax that the forward took,
+reads less: ``reads``. Charging SwiGLU's gradients in full leaves most products of small experts in
+bf16, where they gain when fused.
 """
 
 from collections.abc import Callable, Mapping

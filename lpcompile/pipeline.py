@@ -33,6 +33,7 @@ from lpcompile.passes import (
     deduplicate,
     expert_loop,
     fuse,
+    fuse_columns,
     fuse_micro,
     grouped_mm,
     hoist,
@@ -147,6 +148,7 @@ class JointPass(CustomGraphPass):
 
 
 AFTER_THE_CUT: list[tuple[str, Callable[[fx.Graph], int]]] = [
+    ("fuse_columns", fuse_columns.run),  # of what is left to this graph, before it is paired
     ("fuse", fuse.run),
     ("fuse_micro", fuse_micro.run),
     ("schedule", schedule.run),  # last: it orders what the others made

@@ -31,8 +31,8 @@ def nodes(forward: fx.Graph, num_outputs: int) -> list[fx.Node]:
 class Saved:
     """One tensor that the forward hands to its backward; num_bytes of a symbolic size by its hint.
 
-    kind: "activation"; "weight" and "buffer", which cost nothing; "alias" of a storage that is
-        counted already; "size" for what is no tensor.
+    kind: "activation"; "weight" and "buffer", which cost nothing, nor does the amax of one; "alias"
+        of a storage that is counted already; "size" for what is no tensor.
     """
 
     name: str

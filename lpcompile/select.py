@@ -126,14 +126,19 @@ def _reads(site: Site) -> tuple[tuple[fx.Node, bool], tuple[fx.Node, bool]]:
 def _num_reads(operand: fx.Node, site: Site, recipe: Recipe) -> int | None:
     """How often an operand is read to be quantized, or None where nothing is merged with that.
 
-    What is made by pointwise ops is quantized as it is made; dY both ways from as many reads.
+    What is made by pointwise ops is quantized as it is made; dY both ways from as many reads. What
+    the forward narrowed likewise has its amax from there.
     """
-    made, is_gradient = base(operand), operand is (site.lhs if site.lhs_is_first else site.rhs)
-    if is_pointwise(made):
+    if is_pointwise(base(operand)):
         return 0
-    if is_gradient and site.product != "fprop" and recipe.dgrad and recipe.wgrad:
-        return 1
-    return None
+    fprop, dgrad, wgrad = recipe.fprop, recipe.dgrad, recipe.wgrad
+    if site.product == "fprop":
+        return None
+    if operand is (site.lhs if site.lhs_is_first else site.rhs):
+        return 1 if dgrad and wgrad else None
+    if site.product == "dgrad":
+        return 1 if fprop and dgrad and fprop.rhs == dgrad.rhs else None
+    return 1 if fprop and wgrad and fprop.lhs == wgrad.rhs else None
 
 
 def annotation(node: fx.Node) -> str | Recipe | None:

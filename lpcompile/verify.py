@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statica
 from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lpcompile import saved
+from lpcompile import ops, saved
 from lpcompile.errors import VerifyError
 from lpcompile.flow import Flow, Leaves
 from lpcompile.graph import BACKWARD, META, TRANSPOSES, VIEWS, aten, is_own, root
@@ -35,6 +35,8 @@ from lpcompile.ops.define import PRODUCTS
 UNREPEATABLE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 # Between a quantize and its product: which part of it, and which rows of that.
 THROUGH = {operator.getitem, aten.index.Tensor, aten.view.dtype, *TRANSPOSES}
+# May be taken in the forward for the backward, and are saved then.
+AMAXES = {ops.amax_column.op, ops.amax_tensor.op}
 # A quantize has these of the product that it is for; when it runs may differ.
 PLACEMENT = {"partitioner_tag", "recompute"}
 
@@ -181,7 +183,7 @@ def _misplaced(graph: fx.Graph, flow: Flow) -> Iterator[str]:
         tag = node.meta.get("partitioner_tag")
         if tag == BACKWARD or any(i in late for i in node.all_input_nodes):
             late.add(node)
-        if not is_own(node) or node not in flow.weights:
+        if not is_own(node) or node not in flow.weights or node.target in AMAXES:
             continue
         products = list(_products(node))
         if products and all(p in flow.gradients for p in products) and node not in late:
@@ -198,6 +200,8 @@ def _products(node: fx.Node) -> Iterator[fx.Node]:
     for user in node.users:
         if user.target in PRODUCTS:
             yield user
+        elif user.kwargs.get("columns") is node:
+            continue  # an amax is for those who narrow under it
         elif user.target in THROUGH or is_own(user):
             yield from _products(user)
 

@@ -130,9 +130,9 @@ def _request(node: fx.Node) -> Request:
     return Request(node, x, kind, way, amax, makes, given[0] if given else None)  # type: ignore[arg-type]
 
 
-def is_whole(x: fx.Node) -> bool:
-    """Whether x is a bf16 matrix, row after row, of a known width."""
-    if len(shape(x)) != 2 or not isinstance(shape(x)[1], int):
+def is_whole(x: fx.Node, dim: int = 2) -> bool:
+    """Whether x is a bf16 matrix, row after row, of a known width; of 3 ``dim`` a stack of them."""
+    if len(shape(x)) != dim or not isinstance(shape(x)[-1], int):
         return False
     return value(x).dtype is torch.bfloat16 and is_contiguous_or_false(value(x))
 

@@ -70,18 +70,22 @@ def _quantize(
     is_second = (side == 1) == site.lhs_is_first  # W, W and X in fprop, dgrad and wgrad
     meta = placement.quantize_meta(site, operand, is_second, late)
     x, transposed = peel(operand)
-    drawn = (seed,) if how.rounding == "stochastic" else ()
+    drawn, offs = (seed,) if how.rounding == "stochastic" else (), site.offs
     if site.grouping == "batch" or (is_second and site.product != "wgrad"):
         call = partial(_matrices, how, transposed != (side == 1), draw)
-        return emit(node, call, x, *drawn, meta=meta)
-    offs = site.offs
-    if site.product != "wgrad":
-        return emit(node, partial(_tokens, how, draw), operand, offs, *drawn, meta=meta)
-    if side == 1:
-        x = operand  # [T, C] as it is
-    elif not transposed:
-        x = emit(node, aten.permute.default, operand, [1, 0], meta=meta)
-    return emit(node, partial(_groups_t, how, draw), x, offs, *drawn, meta=meta)
+        made = quantized = emit(node, call, x, *drawn, meta=meta)
+    elif site.product != "wgrad":
+        made = quantized = emit(node, partial(_tokens, how, draw), operand, offs, *drawn, meta=meta)
+    else:
+        if side == 1:
+            x = operand  # [T, C] as it is
+        elif not transposed:
+            x = emit(node, aten.permute.default, operand, [1, 0], meta=meta)
+        made = emit(node, partial(_groups_t, how, draw), x, offs, *drawn, meta=meta)
+        quantized = made[0]
+    if is_second:
+        placement.keep_amax(site, quantized.values)
+    return made
 
 
 def _matrices(how: Operand, transpose: bool, draw: int, x: Any, seed: Any = None) -> Any:

@@ -47,7 +47,7 @@ def _rewrite(
         how_quantize = partial(quantize, operand=how_operand, transpose=transposed != (side == 1))
         given = (x, seed) if how_operand.rounding == "stochastic" else (x,)
         made = emit(node, partial(_with_seed, how_quantize), *given, meta=meta)
-        if is_second and site.product == "fprop":
+        if is_second:
             placement.keep_amax(site, made.values)
         quantized.append(made)
     multiply = partial(

@@ -116,7 +116,8 @@ def _sink(graph: fx.Graph) -> int:
         if node.op == "placeholder" or node not in from_inputs or not node.users:
             continue
         first = min(node.users)
-        is_idle = first.op != "output" and node.next is not first
+        is_part = node.target is operator.getitem  # which takes nothing to be handed on
+        is_idle = (first.op != "output" or is_part) and node.next is not first
         if is_idle and all(_is_held(base(i), first) for i in node.all_input_nodes):
             first.prepend(node)
             count += 1

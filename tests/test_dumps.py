@@ -28,10 +28,12 @@ primals_1 is x
     permute = aten.permute.default(primals_2, [1, 0])
     mm = aten.mm.default(primals_1, permute)
   after
-    values, scales = lpcompile.quantize_fp8_row(primals_1, torch.float8_e4m3fn, True)
-    values_1, scales_1 = lpcompile.quantize_fp8_row(primals_2, torch.float8_e4m3fn, True)
+    amax_column_1 = lpcompile.amax_column(primals_1)
+    values, scales = lpcompile.quantize_fp8_row(primals_1, torch.float8_e4m3fn, True, COLUMNS_1)
+    amax_column_2 = lpcompile.amax_column(primals_2)
+    values_1, scales_1 = lpcompile.quantize_fp8_row(primals_2, torch.float8_e4m3fn, True, COLUMNS_2)
     mm = lpcompile.scaled_mm(values, scales, values_1, scales_1, torch.bfloat16, True)
-"""
+""".replace("COLUMNS", "columns=amax_column")
 
 
 class FFN(nn.Module):
@@ -152,22 +154,25 @@ def test_every_graph_of_a_module_runs_and_prints_its_outputs(tmp_path):
     assert sorted(printed) == [
         "graph_0/backward.py",
         "graph_0/backward_0_post_grad.py",
-        "graph_0/backward_1_fuse.py",
-        "graph_0/backward_2_fuse_micro.py",
-        "graph_0/backward_3_schedule.py",
+        "graph_0/backward_1_fuse_columns.py",
+        "graph_0/backward_2_fuse.py",
+        "graph_0/backward_3_fuse_micro.py",
+        "graph_0/backward_4_schedule.py",
         "graph_0/forward.py",
         "graph_0/forward_0_post_grad.py",
-        "graph_0/forward_1_fuse.py",
-        "graph_0/forward_2_fuse_micro.py",
-        "graph_0/forward_3_schedule.py",
+        "graph_0/forward_1_fuse_columns.py",
+        "graph_0/forward_2_fuse.py",
+        "graph_0/forward_3_fuse_micro.py",
+        "graph_0/forward_4_schedule.py",
         "graph_0/joint_0_traced.py",
         "graph_0/joint_1_linear.py",
         "graph_0/joint_2_grouped_mm.py",
         "graph_0/joint_3_hoist.py",
         "graph_1/forward_0_post_grad.py",
-        "graph_1/forward_1_fuse.py",
-        "graph_1/forward_2_fuse_micro.py",
-        "graph_1/forward_3_schedule.py",
+        "graph_1/forward_1_fuse_columns.py",
+        "graph_1/forward_2_fuse.py",
+        "graph_1/forward_3_fuse_micro.py",
+        "graph_1/forward_4_schedule.py",
         "graph_1/joint_0_traced.py",
         "graph_1/joint_1_linear.py",
         "graph_1/joint_2_grouped_mm.py",
@@ -175,7 +180,7 @@ def test_every_graph_of_a_module_runs_and_prints_its_outputs(tmp_path):
         "graph_1/joint_4_deduplicate.py",
     ]
     grads = [f"torch.bfloat16 {list(p.shape)}" for p in (*model.parameters(), x)]
-    for name in ("backward", "backward_1_fuse", "joint_0_traced", "joint_1_linear"):
+    for name in ("backward", "backward_2_fuse", "joint_0_traced", "joint_1_linear"):
         shapes = [line.partition(" ")[2] for line in printed[f"graph_0/{name}.py"]]
         assert sorted(shapes[-len(grads) :]) == sorted(grads)
     assert "# w1.weight" not in (text := (tmp_path / "graph_0" / "forward.py").read_text())
@@ -234,8 +239,9 @@ def test_what_is_saved_adds_up_to_what_is_reported(tmp_path):
         compiled(lambda x: F.linear(F.linear(x, w), w2))(x).sum().backward()
     text = (tmp_path / "graph_0" / "saved.txt").read_text()
     totals = [int(t.split()[1].replace(",", "")) for t in text.splitlines() if "activations:" in t]
-    # x, and h[32, 48]: narrowed, its values and its scales along the rows; else in bf16.
-    assert totals == [32 * 64 * 2 + 32 * 48 + 48 * 4, 32 * 64 * 2 + 32 * 48 * 2]
+    # x, with the maxima of its columns, and h[32, 48]: narrowed, its values and its scales along
+    # the rows; else in bf16.
+    assert totals == [32 * 64 * 2 + 64 * 4 + 32 * 48 + 48 * 4, 32 * 64 * 2 + 32 * 48 * 2]
     assert compiles[0].saved_bytes == (totals[1], totals[0])
 
 

@@ -70,7 +70,7 @@ def test_linears_that_share_x_share_what_quantizing_it_costs():
     class Projections(nn.Module):
         def __init__(self, count):
             super().__init__()
-            self.each = nn.ModuleList(nn.Linear(4096, 1024, bias=False) for _ in range(count))
+            self.each = nn.ModuleList(nn.Linear(4096, 512, bias=False) for _ in range(count))
 
         def forward(self, x):
             return torch.cat([linear(x) for linear in self.each], -1)

@@ -20,6 +20,7 @@ from lpcompile.bench.models import Llama, linears
 from lpcompile.bench.report import Row
 from lpcompile.bench.timing import copy_bandwidth, interleave
 from lpcompile.ops import micro_source
+from lpcompile.ops.pointwise import IDENTITY
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 GEMMS = (ops.scaled_mm, ops.scaled_grouped_mm)  # measured by `bench gemm` and `bench experts`
@@ -147,6 +148,14 @@ def _silu_mul(x: Tensor) -> tuple[Any, ...]:
     return ([x, torch.randn_like(x)], SILU_MUL, E4M3, True)
 
 
+def _row_and_columns(x: Tensor) -> tuple[Any, ...]:
+    return ([x], IDENTITY, E4M3, True, True)
+
+
+def _row_and_columns_grouped(x: Tensor) -> tuple[Any, ...]:
+    return (*_row_and_columns(x), _ends(x.shape[0], x.device))
+
+
 def _stochastic(x: Tensor) -> tuple[Any, ...]:
     return (x, ops.amax_tensor.op(x), gemm.new_seed(x.device), 0)
 
@@ -206,6 +215,8 @@ KERNELS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
 MORE: tuple[tuple[Any, str, Callable[[Tensor], tuple[Any, ...]]], ...] = (
     (ops.dequantize, "nvfp4", lambda x: ops.quantize_nvfp4.op(*_nearest(x))),
     (ops.amax_group, "hadamard", _grouped_signs),
+    (ops.fused_quantize_row, "maxima of columns", _row_and_columns),
+    (ops.fused_quantize_row, "maxima of columns of groups", _row_and_columns_grouped),
     (ops.quantize_nvfp4, "stochastic", _stochastic),
     (ops.quantize_nvfp4_grouped_t, "hadamard", _grouped_transformed),
     (ops.quantize_nvfp4_grouped_t, "hadamard stochastic", _grouped_stochastic),

@@ -111,6 +111,47 @@ def row_source(program: str, element: str, pow2: bool, even: bool) -> str:
     return _module(program, (f"{element} {'pow2' if pow2 else 'fp32'}",), kernel)
 
 
+def walk_source(program: str, element: str, pow2: bool, grouped: bool, even: bool) -> str:
+    """A module with the ``walk`` of ``fused_quantize_row``: whole rows, and maxima of columns.
+
+    even: C is a tile's width, so that nothing is masked.
+    """
+    named, limit = pointwise.parse(program), fp8.MAX[ELEMENTS[element]]
+    masked = "" if even else ", mask=(c < CP)[None, :]"
+    where = ["group, index = tl.program_id(1), tl.program_id(0)"]
+    where += ["first, last = group * M, group * M + M"]
+    if grouped:
+        where = ["tile = tl.program_id(0)"]
+        where += [*(line.format(tile="ROWS", align=1) for line in _LOCATE), _REST]
+    live = [*([] if even else ["(c < C)"]), *(["(group < E)"] if grouped else [])]
+    of_column = _atomic("a", "", "best", " + group.to(tl.int64) * C + c", " & ".join(live))
+    inside = [
+        "m = tl.minimum(start + tl.arange(0, BM), end - 1)",
+        *_tile(named, even, rounded=True, rows_exist=True),
+        f"x = {_live(f'f_{named.results[0]}', even)}",
+        "best = fp8.larger(best, tl.reduce(tl.abs(x), 0, fp8.larger))",
+        f"e = fp8.encode(tl.reduce(tl.abs(x), 1, fp8.larger), {limit}, {pow2})",
+        f"n = fp8.narrow({_live('x * e[:, None]', even)}, {_TRITON[element]})",
+        f"tl.store(q_ptr + m[:, None].to(tl.int64) * CP + c[None, :], n{masked})",
+        "tl.store(s_ptr + m, fp8.decode(e))",
+    ]
+    body = [
+        *where,
+        "top = first + index * ROWS",
+        "end = tl.minimum(top + ROWS, last)",
+        "c = tl.arange(0, BC)",
+        "CP = (C + 15) // 16 * 16",
+        "best = tl.zeros([BC], tl.float32)",
+        "for start in tl.range(top, end, BM, num_stages=STAGES):",
+        *(f"    {line}" for line in inside),
+        *of_column,
+    ]
+    pointers = [*_pointers(named), "q_ptr", "s_ptr", "a_ptr"]
+    sizes = [*_SIZES[grouped], "STAGES: tl.constexpr", "ROWS: tl.constexpr", *_TILE[grouped]]
+    form = f"{element} {'pow2' if pow2 else 'fp32'} columns{' of groups' if grouped else ''}"
+    return _module(program, (form,), _function([*pointers, *sizes], body))
+
+
 def _module(program: str, wanted: tuple[str, ...], kernel: str) -> str:
     doc = '"""' + program + "\n\n" + "\n".join(wanted) + '\n"""'
     imports = "import triton\nimport triton.language as tl\n\nfrom lpcompile.ops import fp8, groups"

@@ -3,6 +3,9 @@
 Of x[E, R, C], an expert weight, values[E, R, Cp] and scales[E, R].
 Cp is C rounded up to 16, and the padding is zero. Arithmetic: ``lpcompile.ops.fp8``. Rows of up to
 32768 elements stay in registers, so that x is read once.
+
+columns: the amax of x's columns, which is for others; it is not read. As an argument it is made in
+the forward, where one kernel can make both (``passes/fuse_columns.py``).
 """
 
 from typing import Any
@@ -16,17 +19,20 @@ from lpcompile.ops import blocks, fp8, turned
 from lpcompile.ops.define import ALIGN, define, round_up, same_bits
 
 
-def outputs(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
+def outputs(
+    x: Tensor, element: torch.dtype, pow2: bool, columns: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     values = x.new_empty((*x.shape[:-1], round_up(x.shape[-1], ALIGN)), dtype=element)
     return values, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def reference(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
+def reference(
+    x: Tensor, element: torch.dtype, pow2: bool, columns: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     amax = x.abs().amax(-1).float() if x.shape[-1] else x.new_zeros(x.shape[:-1]).float()
     scale = fp8.encode_scale(amax, element, pow2)
-    columns = round_up(x.shape[-1], ALIGN)
     values = fp8.cast(x, scale[..., None], element)
-    return fp8.pad_columns(values, columns), fp8.decode_scale(scale)
+    return fp8.pad_columns(values, round_up(x.shape[-1], ALIGN)), fp8.decode_scale(scale)
 
 
 @triton.jit
@@ -79,7 +85,9 @@ def store(x, scale, out, r, c, R, C, CP, ELEMENT: tl.constexpr, EVEN: tl.constex
     turned.write(out + c[None, :], fp8.narrow(scaled, ELEMENT), live, EVEN)
 
 
-def launch(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
+def launch(
+    x: Tensor, element: torch.dtype, pow2: bool, columns: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     if not fp8.runs_triton(x) or not x.numel():
         return reference(x, element, pow2)
     values, scales = outputs(x, element, pow2)
@@ -89,8 +97,8 @@ def launch(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]
     if blocks.is_turned(x):
         BR, BC, run, one_read, warps = 64, 128, 8, whole <= 128, 4
     elif whole <= 32768:
-        BR, BC, run, one_read = max(1, 1024 // whole), whole, 1, True
-        warps = min(16, max(4, whole // 1024))
+        BR, BC, run, one_read = max(1, 2048 // whole), whole, 1, True
+        warps = min(16, max(2, whole // 1024))
     else:
         BR, BC, run, one_read, warps = 1, 8192, 1, False, 8
     kernel[(triton.cdiv(R, BR), E)](
@@ -102,7 +110,8 @@ def launch(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]
 
 
 op = define(
-    "quantize_fp8_row(Tensor x, ScalarType element, bool pow2) -> (Tensor, Tensor)",
+    "quantize_fp8_row(Tensor x, ScalarType element, bool pow2, Tensor? columns=None)"
+    " -> (Tensor, Tensor)",
     outputs=outputs,
     reference=reference,
     launch=launch,

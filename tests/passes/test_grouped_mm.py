@@ -205,7 +205,9 @@ def test_equal_inputs_of_two_experts_products_are_quantized_once():
     calls = Counter(event.name for event in profiled.events())
     assert calls["lpcompile::scaled_grouped_mm"] == 6
     assert calls["lpcompile::quantize_fp8_grouped_t"] == 1  # x
-    assert calls["lpcompile::quantize_fp8_row"] == 3  # x, both weights
+    assert calls["lpcompile::fused_quantize_row"] == 3  # x, both weights, and maxima of each
+    assert calls["lpcompile::quantize_fp8_row"] == 0
+    assert calls["lpcompile::amax_column"] == calls["lpcompile::amax_column_grouped"] == 0
     assert calls["lpcompile::fused_amax"] == 1  # the gradients of both
 
 

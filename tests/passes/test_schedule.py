@@ -117,7 +117,7 @@ def weights(graph):
 def test_a_weight_is_quantized_right_before_its_gemm(monkeypatch, recipe):
     model, x = bf16(Block()), data(512, DIM)
     for graph in graphs(monkeypatch, model, x, recipe)[:2]:
-        copies = [n for n in calls(graph, NARROW) if n.args[0] in weights(graph)]
+        copies = [n for n in calls(graph, NARROW) if n.all_input_nodes[0] in weights(graph)]
         assert len(copies) == 4
         for copy in copies:
             after = copy
@@ -138,6 +138,7 @@ def test_the_amax_of_a_weight_is_taken_once(monkeypatch):
 
 
 NARROW = {
+    ops.fused_quantize_row.op,
     ops.quantize_fp8_row.op,
     ops.quantize_fp8_row_t.op,
     ops.quantize_fp8_tensor.op,
