@@ -39,15 +39,19 @@ from lpcompile.ops.block_scaled import Side, tensor_decode, typed
 from lpcompile.ops.define import ALIGN, round_up
 
 
-def launch(a: Side, b: Side, offs: Tensor, made: Tensor) -> Tensor:
+def launch(
+    a: Side, b: Side, offs: Tensor, made: Tensor, addend: Tensor | None = None
+) -> Tensor:
     """The product of a with b[E, N, K], or along the columns of both, into ``made`` or its like."""
     if blocks.runs_native(a.values):
         native = torch._scaled_grouped_mm_v2(**arguments(a, b, offs))
-        return native[..., : b.values.shape[-2]].to(made.dtype).contiguous()
+        native = native[..., : b.values.shape[-2]].to(made.dtype)
+        return native.contiguous() if addend is None else native + addend
     x, w = _dequantized(a), _dequantized(b)
     E, along_k = offs.shape[0], w.dim() == 2
     scales = (_by_row(side, E, along_k) for side in (a, b))
-    grouped_gemm.fill(x, next(scales), w, next(scales), offs, made, fast_accum=True)
+    args = (x, next(scales), w, next(scales), offs, made)
+    grouped_gemm.fill(*args, fast_accum=True, addend=addend)
     return made
 
 

@@ -153,6 +153,7 @@ def fill(
     offs: Tensor,
     out: Tensor,
     fast_accum: bool,
+    addend: Tensor | None = None,
 ) -> None:
     """Multiply as ``scaled_grouped_mm`` says, into ``out``."""
     if a_scale.dim() == 2 and a_scale.shape[0] != a.shape[0]:
@@ -161,14 +162,14 @@ def fill(
             f"{list(a_scale.shape)} for values {list(a.shape)}; blocks of {BLOCK}x{BLOCK} are for "
             "weights"
         )
-    # Of MXFP8 and NVFP4, dequantized, the groups begin at multiples of 32 only.
-    whole_steps = b.dim() == 3 or a.dtype != torch.bfloat16
-    if whole_steps and suits_warpgroups(a, a_scale, b, b_scale):
+    if suits_warpgroups(a, a_scale, b, b_scale):
         from lpcompile.ops import wgmma  # which not every Triton can import
 
-        wgmma.fill(a, a_scale, b, b_scale, offs, out, fast_accum)
+        wgmma.fill(a, a_scale, b, b_scale, offs, out, fast_accum, addend)
     else:
         fill_anywhere(a, a_scale, b, b_scale, offs, out, fast_accum)
+        if addend is not None:
+            out += addend
 
 
 def suits_warpgroups(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> bool:

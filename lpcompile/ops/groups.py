@@ -9,10 +9,10 @@ An operand that is contracted along tokens lies with each group's rows, as colum
 ``align``, zeros after them: values[C, Tp]. Where the groups lie there is ``offs_padded[E]``. Tp is
 round_up(T, align) + E * align, enough for any groups of T rows, so that no shape depends on data.
 
-ALIGN, in FP8, is a step of the GEMM: no step needs a mask, and it reads whole lines of memory. From
-multiples of 16, the least that CUTLASS takes, its own grouped wgrad reaches 611 TFLOP/s where from
-multiples of 128 it reaches 876 (H200, 64 groups of 98304 rows in all, 1408 x 2048). On average it
-costs 64 columns a group.
+ALIGN is a step of the GEMM in FP8, two in bf16, and what the tiles of scales of MXFP8 and NVFP4
+span: no step needs a mask, and it reads whole lines of memory. From multiples of 16, the least that
+CUTLASS takes, its own grouped wgrad reaches 611 TFLOP/s where from multiples of 128 it reaches 876
+(H200, 64 groups of 98304 rows in all, 1408 x 2048). On average it costs 64 columns a group.
 """
 
 import itertools

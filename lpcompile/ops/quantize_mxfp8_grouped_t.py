@@ -3,7 +3,7 @@
     -> values[C, Tp] e4m3, scales[C, Tp / 32] e8m0 as uint8, offs_padded[E]
 
 One scale per 32 tokens of a group: what wgrad of a grouped GEMM reads of dY and X. Every group
-begins at a multiple of 32, so that no block is of two, and the padding, made here, is zero.
+begins at a multiple of ``groups.ALIGN``, and the padding, made here, is zero.
 Arithmetic: ``lpcompile.ops.mx``; layout: ``lpcompile.ops.groups``.
 """
 
@@ -25,13 +25,14 @@ from lpcompile.ops import (
     turned,
 )
 from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.groups import ALIGN
 from lpcompile.ops.mx import BLOCK
 
 Made = tuple[Tensor, Tensor, Tensor]
 
 
 def outputs(x: Tensor, offs: Tensor, element: torch.dtype, floor: bool) -> Made:
-    C, columns = x.shape[1], groups.padded_length(x.shape[0], offs.shape[0], BLOCK)
+    C, columns = x.shape[1], groups.padded_length(x.shape[0], offs.shape[0], ALIGN)
     return (
         x.new_empty((C, columns), dtype=element),
         x.new_empty((C, columns // BLOCK), dtype=torch.uint8),
@@ -42,11 +43,11 @@ def outputs(x: Tensor, offs: Tensor, element: torch.dtype, floor: bool) -> Made:
 def reference(x: Tensor, offs: Tensor, element: torch.dtype, floor: bool) -> Made:
     values, scales, _ = outputs(x, offs, element, floor)
     values.view(torch.uint8).zero_(), scales.zero_()
-    padded, x = groups.padded_ends(offs, BLOCK), groups.tokens(x, offs)
+    padded, x = groups.padded_ends(offs, ALIGN), groups.tokens(x, offs)
     for rows, to in zip(groups.slices(offs), groups.slices(padded), strict=True):
         made, over = quantize_mxfp8.by_blocks(x[rows].t(), 1, element, floor)
-        values[:, to] = made
-        scales[:, to.start // BLOCK : to.stop // BLOCK] = over
+        values[:, to][:, : made.shape[1]] = made
+        scales[:, to.start // BLOCK :][:, : over.shape[1]] = over
     return values, scales, padded
 
 
@@ -67,30 +68,32 @@ def kernel(
     ELEMENT: tl.constexpr,
     FLOOR: tl.constexpr,
     NATIVE: tl.constexpr,
+    ALIGN: tl.constexpr,  # of groups: the tokens of a tile
     BN: tl.constexpr,  # blocks along tokens
     BC: tl.constexpr,
     EP: tl.constexpr,
 ):
     tile = tl.program_id(1)
     starts, ends = groups.load(offs_ptr, E, EP)
-    group, first, last, index, begin = groups.locate(tile, starts, ends, BN * 32, 32, EP)
+    group, first, last, index, begin = groups.locate(tile, starts, ends, BN * 32, ALIGN, EP)
     if (tile == 0) & (tl.program_id(0) == 0):
-        groups.store_padded_ends(padded_ptr, starts, ends, E, 32, EP)
+        groups.store_padded_ends(padded_ptr, starts, ends, E, ALIGN, EP)
     # Tiles past the last group write the zeros between it and TP.
-    stop = tl.where(group < E, begin // 32 + tl.cdiv(last - first, 32), TP // 32)
+    stop = tl.where(group < E, begin // ALIGN + tl.cdiv(last - first, ALIGN), TP // ALIGN)
+    block = begin // ALIGN * (ALIGN // 32) + index * BN
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     run = first + (index * BN + tl.arange(0, BN)) * 32
     rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 32, None)
     byte = mx.encode(group_tile.amax(rows), LIMIT, EXPONENT, FLOOR, NATIVE)
     scaled = group_tile.scaled(rows, mx.encoding(byte), run, last, None)
     values = fp8.narrow(turned.turned(scaled), ELEMENT)  # [BC, BN * 32]
-    to = (begin // 32 + index * BN) * 32 + tl.arange(0, BN * 32)
+    to = block * 32 + tl.arange(0, BN * 32)
     out = c[:, None].to(tl.int64) * TP + to[None, :]
-    tl.store(values_ptr + out, values, mask=(c < C)[:, None] & (to < stop * 32)[None, :])
-    block = begin // 32 + index * BN + tl.arange(0, BN)
-    out = c[:, None].to(tl.int64) * (TP // 32) + block[None, :]
+    tl.store(values_ptr + out, values, mask=(c < C)[:, None] & (to < stop * ALIGN)[None, :])
+    to = block + tl.arange(0, BN)
+    out = c[:, None].to(tl.int64) * (TP // 32) + to[None, :]
     scales = tl.trans(byte.to(tl.uint8))
-    tl.store(scales_ptr + out, scales, mask=(c < C)[:, None] & (block < stop)[None, :])
+    tl.store(scales_ptr + out, scales, mask=(c < C)[:, None] & (to < stop * (ALIGN // 32))[None, :])
 
 
 def launch(x: Tensor, offs: Tensor, element: torch.dtype, floor: bool) -> Made:
@@ -98,12 +101,12 @@ def launch(x: Tensor, offs: Tensor, element: torch.dtype, floor: bool) -> Made:
         return reference(x, offs, element, floor)
     values, scales, padded = outputs(x, offs, element, floor)
     C, TP, E = x.shape[1], values.shape[1], offs.shape[0]
-    BN, BC = 4, 64
-    grid = (triton.cdiv(C, BC), triton.cdiv(TP, BN * BLOCK) + E)
+    BN, BC = ALIGN // BLOCK, 64
+    grid = (triton.cdiv(C, BC), TP // ALIGN)
     kernel[grid](
         x, offs, values, scales, padded, E, C, TP, *x.stride(),
         fp8.MAX[element], mx.EXPONENT[element], fp8.TRITON[element], floor, blocks.runs_native(x),
-        BN, BC, triton.next_power_of_2(E), num_warps=4,
+        ALIGN, BN, BC, triton.next_power_of_2(E), num_warps=4,
     )  # fmt: skip
     return values, scales, padded
 

@@ -3,10 +3,10 @@
     -> values[C, Tp / 2] uint8, scales[C, Tp / 16] e4m3, offs_padded[E] in elements
 
 One scale per 16 tokens of a group, under the group's own, whose amax comes from ``amax_group``:
-what wgrad of a grouped GEMM reads of dY and X. Every group begins at a multiple of 32, which is
-what the GEMM reads, and the padding, made here, is zero. With ``signs``, after the Hadamard
-transform of each group's rows, padded to 16. With a seed[1] int64 rounding is stochastic; the
-logical element is that of values. Arithmetic: ``lpcompile.ops.fp4``; layout: ``groups``.
+what wgrad of a grouped GEMM reads of dY and X. Every group begins at a multiple of
+``groups.ALIGN``, and the padding, made here, is zero. With ``signs``, after the Hadamard transform
+of each group's rows, padded to 16. With a seed[1] int64 rounding is stochastic; the logical
+element is that of values. Arithmetic: ``lpcompile.ops.fp4``; layout: ``groups``.
 
 An op of its own for the transform would write x in bf16 once more, in a layout of groups that this
 op would have to take as well: x would be read or written 4.3 times, where it is 2.3 times.
@@ -32,7 +32,8 @@ from lpcompile.ops import (
     turned,
 )
 from lpcompile.ops.define import define, same_bits
-from lpcompile.ops.fp4 import ALIGN, BLOCK
+from lpcompile.ops.fp4 import BLOCK
+from lpcompile.ops.groups import ALIGN
 from lpcompile.ops.philox import words
 
 Made = tuple[Tensor, Tensor, Tensor]
@@ -61,8 +62,8 @@ def reference(
         one = x[rows].t() if signs is None else hadamard.reference(x[rows], signs)
         drawn = None if word is None else word[:, to.start : to.start + one.shape[1]]
         made, over = quantize_nvfp4.by_blocks(one, amax[e : e + 1], drawn, 1)
-        values[:, to.start // 2 : to.stop // 2] = made
-        scales[:, to.start // BLOCK : to.stop // BLOCK] = over
+        values[:, to.start // 2 :][:, : made.shape[1]] = made
+        scales[:, to.start // BLOCK :][:, : over.shape[1]] = over
     return values, scales, padded
 
 
@@ -84,17 +85,21 @@ def kernel(
     SIGNS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     NATIVE: tl.constexpr,
-    BN: tl.constexpr,  # blocks along tokens, an even number
+    ALIGN: tl.constexpr,  # of groups
+    BN: tl.constexpr,  # blocks along tokens, an even number that divides ALIGN / 16
     BC: tl.constexpr,
     EP: tl.constexpr,
 ):
     tile = tl.program_id(1)
     starts, ends = groups.load(offs_ptr, E, EP)
-    group, first, last, index, begin = groups.locate(tile, starts, ends, BN * 16, 32, EP)
+    SUB: tl.constexpr = ALIGN // (BN * 16)  # tiles to ALIGN tokens, so that they cover its padding
+    group, first, last, index, begin = groups.locate(tile // SUB, starts, ends, ALIGN, ALIGN, EP)
     if (tile == 0) & (tl.program_id(0) == 0):
-        groups.store_padded_ends(padded_ptr, starts, ends, E, 32, EP)
+        groups.store_padded_ends(padded_ptr, starts, ends, E, ALIGN, EP)
     # Tiles past the last group write the zeros between it and TP.
-    stop = tl.where(group < E, begin // 32 + tl.cdiv(last - first, 32), TP // 32)
+    stop = tl.where(group < E, begin // ALIGN + tl.cdiv(last - first, ALIGN), TP // ALIGN)
+    index = index * SUB + tile % SUB
+    block = begin // ALIGN * (ALIGN // 16) + index * BN
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     run = first + (index * BN + tl.arange(0, BN)) * 16
     rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 16, SIGNS)
@@ -103,15 +108,18 @@ def kernel(
     v = group_tile.scaled(rows, fp4.tile_encode_scale(s, tensor), run, last, SIGNS)
     seed = tl.load(seed_ptr) if STOCHASTIC else 0
     # Eight codes to a word; four words for 32 elements.
-    word = (begin // 32 + index * (BN // 2)) * 4 + tl.arange(0, BN * 2)
+    word = block // 2 * 4 + tl.arange(0, BN * 2)
     element = c[:, None].to(tl.int64) * TP + word[None, :] * 8  # the logical index of its first
     packed = fp4.tile_packed(turned.turned(v), element, seed, draw, STOCHASTIC, NATIVE)
     out = values_ptr.to(tl.pointer_type(tl.int32)) + c[:, None].to(tl.int64) * (TP // 8)
-    tl.store(out + word[None, :], packed, mask=(c < C)[:, None] & (word < stop * 4)[None, :])
-    block = (begin // 32 + index * (BN // 2)) * 2 + tl.arange(0, BN)
-    out = scales_ptr + c[:, None].to(tl.int64) * (TP // 16) + block[None, :]
-    scales = tl.trans(s.to(tl.uint8, bitcast=True))
-    tl.store(out, scales, mask=(c < C)[:, None] & (block < stop * 2)[None, :])
+    live = (c < C)[:, None] & (word < stop * (ALIGN // 8))[None, :]
+    tl.store(out + word[None, :], packed, mask=live)
+    # Past the 32 tokens that share words the padding is zero under a NaN scale of the group too.
+    full = run < first + tl.cdiv(last - first, 32) * 32
+    scales = tl.trans(tl.where(full[:, None], s.to(tl.uint8, bitcast=True), 0))
+    to = block + tl.arange(0, BN)
+    out = scales_ptr + c[:, None].to(tl.int64) * (TP // 16) + to[None, :]
+    tl.store(out, scales, mask=(c < C)[:, None] & (to < stop * (ALIGN // 16))[None, :])
 
 
 def launch(
@@ -122,12 +130,12 @@ def launch(
     values, scales, padded = outputs(x, amax, offs, signs, seed, draw)
     C, TP, E = x.shape[1], 2 * values.shape[1], offs.shape[0]
     BN, BC = 8 if seed is None else 4, 64  # random words take registers: of 8 blocks, they spill
-    grid = (triton.cdiv(C, BC), triton.cdiv(TP, BN * BLOCK) + E)
+    grid = (triton.cdiv(C, BC), TP // (BN * BLOCK))
     # No multiply-add fusion: x * enc is rounded before what is subtracted from it.
     kernel[grid](
         x, amax, offs, seed, values, scales.view(torch.uint8), padded, E, C, TP, *x.stride(), draw,
         signs, seed is not None, blocks.runs_native(x),
-        BN, BC, triton.next_power_of_2(E), num_warps=4, enable_fp_fusion=False,
+        ALIGN, BN, BC, triton.next_power_of_2(E), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return values, scales, padded
 

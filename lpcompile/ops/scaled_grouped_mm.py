@@ -8,6 +8,9 @@ fp32 accumulation, scales on the accumulator, one rounding. The shape of the sca
 they reach: a row each ([T]; [E, N]; flat [E * M] of wgrad's operands), a matrix ([1]; [E]), or
 blocks of 128 ([T, K / 128]; [E, N, K / 128], or [E, N / 128, K / 128] of a weight).
 
+An addend, of the result's shape and dtype, is added to the rounded product, and the sum rounded once
+more: the bits of a GEMM and a sum.
+
 Rows of [T, N] past offs[-1] are whatever they are. offs of wgrad are the quantizer's offs_padded,
 multiples of ``groups.ALIGN``.
 
@@ -52,6 +55,7 @@ def outputs(
     fast_accum: bool,
     a_amax: Tensor | None = None,
     b_amax: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     if b.dim() == 2 and offs is not None:
         shape = (offs.shape[0], a.shape[0], b.shape[0])
@@ -70,10 +74,12 @@ def exact(
     fast_accum: bool,
     a_amax: Tensor | None = None,
     b_amax: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """The product of the dequantized operands in fp64, which every implementation must meet."""
     args = (a, a_scale, b, b_scale, offs, torch.float64, a_amax, b_amax)
-    return _by_groups(scaled_mm.exact, *args)
+    made = _by_groups(scaled_mm.exact, *args)
+    return made if addend is None else made + addend
 
 
 def reference(
@@ -86,9 +92,11 @@ def reference(
     fast_accum: bool,
     a_amax: Tensor | None = None,
     b_amax: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     args = (a, a_scale, b, b_scale, offs, out_dtype, a_amax, b_amax)
-    return _by_groups(scaled_mm.reference, *args)
+    made = _by_groups(scaled_mm.reference, *args)
+    return made if addend is None else made.add_(addend)
 
 
 def _by_groups(
@@ -145,22 +153,26 @@ def launch(
     fast_accum: bool,
     a_amax: Tensor | None = None,
     b_amax: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     if not fp8.runs_triton(a):
-        return reference(a, a_scale, b, b_scale, offs, out_dtype, fast_accum, a_amax, b_amax)
+        args = (a, a_scale, b, b_scale, offs, out_dtype, fast_accum, a_amax, b_amax, addend)
+        return reference(*args)
+    addend = None if addend is None else addend.contiguous()
     if offs is None:
         E, M = a.shape[:2]
         offs = torch.arange(1, E + 1, device=a.device, dtype=torch.int32) * M
         rows = a_scale[:, None].expand(E, M) if a_scale.dim() == 1 else a_scale
         args = (a.flatten(0, 1), rows.flatten(0, 1), b, b_scale, offs, out_dtype, fast_accum)
-        return launch(*args, a_amax, b_amax).unflatten(0, (E, M))
+        addend = None if addend is None else addend.flatten(0, 1)
+        return launch(*args, a_amax, b_amax, addend).unflatten(0, (E, M))
     if not (a.shape[0] and b.shape[-2]):
         return outputs(a, a_scale, b, b_scale, offs, out_dtype, fast_accum)
     made = outputs(a, a_scale, b, b_scale, offs, out_dtype, fast_accum)
     if a_scale.dtype in block_scaled.SCALES:
         sides = Side(a, a_scale, a_amax), Side(b, b_scale, b_amax)
-        return block_scaled_grouped.launch(*sides, offs, made)
-    grouped_gemm.fill(a, a_scale, b, b_scale, offs, made, fast_accum)
+        return block_scaled_grouped.launch(*sides, offs, made, addend)
+    grouped_gemm.fill(a, a_scale, b, b_scale, offs, made, fast_accum, addend)
     return made
 
 
@@ -173,7 +185,8 @@ def _flops(a: Any, a_scale: Any, b: Any, b_scale: Any, offs: Any, *args: Any, **
 
 op = define(
     "scaled_grouped_mm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? offs,"
-    " ScalarType out_dtype, bool fast_accum, Tensor? a_amax=None, Tensor? b_amax=None) -> Tensor",
+    " ScalarType out_dtype, bool fast_accum, Tensor? a_amax=None, Tensor? b_amax=None,"
+    " Tensor? addend=None) -> Tensor",
     outputs=outputs,
     reference=reference,
     launch=launch,
@@ -184,7 +197,10 @@ agrees = per_column(0.01)
 
 
 def samples(device: str) -> list[tuple[Any, ...]]:
-    """Every shape of product, times every kind of scale; rows past offs[-1] are tested apart."""
+    """Every shape of product, times every kind of scale, some with an addend.
+
+    Rows past offs[-1] are tested apart.
+    """
     e4m3 = torch.float8_e4m3fn
 
     def randn(*shape: int) -> Tensor:
@@ -216,7 +232,10 @@ def samples(device: str) -> list[tuple[Any, ...]]:
     bad = x.clone()
     bad[5, 7] = torch.inf
     cases.append((*row(bad), *row(w), ends, torch.bfloat16, False))
-    return [*cases, *block_scaled_grouped.samples(device)]
+    small = block_scaled_grouped.samples(device)
+    plain = [*((*args, None, None) for args in cases[15:30:4]), *small[11:20:2]]  # of odd sizes
+    added = [(*args, randn(*outputs(*args).shape).to(args[5])) for args in plain]
+    return [*cases, *small, *added]
 
 
 def _by_row(x: Tensor, offs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

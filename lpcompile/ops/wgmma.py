@@ -220,8 +220,11 @@ def contract(
 
 @gluon.jit
 def store(acc, arrays, strides, base, m, rows, n, N, BLOCKED: gl.constexpr, layout: gl.constexpr):
-    """Scale acc, round it, and store it from row base + m and column n of out[.., N]."""
-    out_ptr, a_scales, b_scales = arrays
+    """Scale acc, round it, and store it from row base + m and column n of out[.., N].
+
+    Where there is an addend, it is added to what was rounded, and the sum rounded once more.
+    """
+    out_ptr, addend_ptr, a_scales, b_scales = arrays
     BM: gl.constexpr = acc.shape[0]
     BN: gl.constexpr = acc.shape[1]
     if not BLOCKED:
@@ -237,7 +240,11 @@ def store(acc, arrays, strides, base, m, rows, n, N, BLOCKED: gl.constexpr, layo
     r = m + gl.arange(0, BM, gl.SliceLayout(1, lines))
     c = n + gl.arange(0, BN, gl.SliceLayout(0, lines))
     at = gl.expand_dims((base + r).to(gl.int64) * N, 1) + gl.expand_dims(c, 0)
-    gl.store(out_ptr + at, out, mask=gl.expand_dims(r < rows, 1) & gl.expand_dims(c < N, 0))
+    live = gl.expand_dims(r < rows, 1) & gl.expand_dims(c < N, 0)
+    if addend_ptr is not None:
+        addend = gl.load(addend_ptr + at, mask=live)
+        out = (out.to(gl.float32) + addend.to(gl.float32)).to(out.dtype)
+    gl.store(out_ptr + at, out, mask=live)
 
 
 @gluon.jit
@@ -253,7 +260,7 @@ def multiply(
     WG: gl.constexpr,
 ):
     """Warpgroup WG of two: its half of the rows of every tile of this program."""
-    out_ptr, a_scale_ptr, b_scale_ptr, offs_ptr = arrays
+    out_ptr, addend_ptr, a_scale_ptr, b_scale_ptr, offs_ptr = arrays
     a_stride_e, a_stride, a_stride_k, b_stride_e, b_stride, b_stride_k = strides
     a_bufs, b_bufs, _, _, _ = bufs
     E, M, N, K = sizes
@@ -272,7 +279,7 @@ def multiply(
         base = group * M if GROUPS == COLUMNS else row
         a_scales = a_scale_ptr + group * a_stride_e + row * a_stride
         b_scales = b_scale_ptr + group * b_stride_e
-        to, by = (out_ptr, a_scales, b_scales), (a_stride, b_stride)
+        to, by = (out_ptr, addend_ptr, a_scales, b_scales), (a_stride, b_stride)
         for index in range(upcoming, down * across, gl.num_programs(0)):
             m, n = place(index, down, across, BM, BN)
             m += WG * MW
@@ -312,6 +319,7 @@ def kernel(
     b_scale_ptr,
     offs_ptr,
     out_ptr,
+    addend_ptr,
     E,
     M,
     N,
@@ -344,7 +352,7 @@ def kernel(
     descs = (a_desc, b_desc, b_scale_desc)
     bufs = (a_bufs, b_bufs, b_scale_bufs, full, empty)
     sizes = (E, M, N, K)
-    arrays = (out_ptr, a_scale_ptr, b_scale_ptr, offs_ptr)
+    arrays = (out_ptr, addend_ptr, a_scale_ptr, b_scale_ptr, offs_ptr)
     strides = (a_stride_e, a_stride, a_stride_k, b_stride_e, b_stride, b_stride_k)
     gl.warp_specialize(
         [
@@ -365,6 +373,7 @@ def fill(
     offs: Tensor | None,
     out: Tensor,
     fast_accum: bool,
+    addend: Tensor | None = None,
 ) -> None:
     """Multiply into ``out``; ``grouped_gemm.suits_warpgroups`` says of what."""
     (M, K), N = a.shape, b.shape[-2]
@@ -383,7 +392,7 @@ def fill(
     processors = torch.cuda.get_device_properties(a.device).multi_processor_count
     kernel[(processors,)](
         _tiles(a, BM), _tiles(b.flatten(0, -2), BN), b_scale_desc, a_scale, b_scale, offs, out,
-        1 if offs is None else offs.shape[0], M, N, K, *of_a, *of_b,
+        addend, 1 if offs is None else offs.shape[0], M, N, K, *of_a, *of_b,
         groups, fast_accum and not blocked, blocked, square, 4 if out.element_size() == 2 else 3,
         num_warps=4,
     )  # fmt: skip

@@ -91,6 +91,11 @@ def columns(n=N):
 CASES = {
     "rows, fast": (*rows(), values(T, N, dtype=BF16), True),
     "rows": (*rows(), values(T, N, dtype=BF16), False),
+    "rows, fast, and an addend": (
+        *(*rows(), values(T, N, dtype=BF16), True),
+        values(T, N, dtype=BF16),
+    ),
+    "rows and an addend": (*rows(), values(T, N, dtype=BF16), False, values(T, N, dtype=BF16)),
     "columns": (*columns(), values(E, N, N, dtype=BF16), False),
     "columns, narrow": (*columns(384), values(E, N, 384, dtype=BF16), False),
     "columns into fp32": (*columns(), values(E, N, N, dtype=torch.float32), False),
