@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 aten = torch.ops.aten
@@ -102,6 +103,17 @@ def value(node: fx.Node) -> torch.Tensor:
 def shape(node: fx.Node) -> tuple[Any, ...]:
     """The shape of what a node makes; sizes may be symbolic."""
     return tuple(value(node).shape)
+
+
+def alike(a: Any, b: Any, *, strides: bool) -> bool:
+    """Whether two fake values have one dtype, device and size; only tensors are compared."""
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return isinstance(a, torch.Tensor) == isinstance(b, torch.Tensor)
+    if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
+        return False
+    pairs = [*zip(a.shape, b.shape, strict=True)]
+    pairs += zip(a.stride(), b.stride(), strict=True) if strides else []
+    return all(statically_known_true(x == y) for x, y in pairs)
 
 
 def hint(size: Any) -> int | None:

@@ -30,6 +30,7 @@ from lpcompile.flow import Flow, Leaves, is_called
 from lpcompile.graph import hint, module_path
 from lpcompile.options import Options, Rule
 from lpcompile.passes import (
+    addend,
     deduplicate,
     expert_loop,
     fuse,
@@ -151,7 +152,8 @@ AFTER_THE_CUT: list[tuple[str, Callable[[fx.Graph], int]]] = [
     ("fuse_columns", fuse_columns.run),  # of what is left to this graph, before it is paired
     ("fuse", fuse.run),
     ("fuse_micro", fuse_micro.run),
-    ("schedule", schedule.run),  # last: it orders what the others made
+    ("schedule", schedule.run),  # it orders what the others made
+    ("addend", addend.run),  # last: the GEMM that then comes last can add what the other made
 ]
 
 

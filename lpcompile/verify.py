@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lpcompile import ops, saved
 from lpcompile.errors import VerifyError
 from lpcompile.flow import Flow, Leaves
-from lpcompile.graph import BACKWARD, META, TRANSPOSES, VIEWS, aten, is_own, root
+from lpcompile.graph import BACKWARD, META, TRANSPOSES, VIEWS, alike, aten, is_own, root
 from lpcompile.ops.define import PRODUCTS
 
 # Their fake outputs are new symbols at every call.
@@ -91,7 +91,7 @@ def _wrong_values(graph: fx.Graph, own: bool = False) -> Iterator[str]:
     for node in graph.nodes:
         if node.target is operator.getitem and is_own(node.args[0]):
             made = _flat(_fake(node.args[0]))[node.args[1]]
-            if not _alike(_fake(node), made, strides=True):
+            if not alike(_fake(node), made, strides=True):
                 yield f"{node.name} is {_show(_fake(node))}, and is part of {_show(made)}"
         if not _is_repeatable(node) or (own and not is_own(node)):
             continue
@@ -101,7 +101,7 @@ def _wrong_values(graph: fx.Graph, own: bool = False) -> Iterator[str]:
             yield f"{node.format_node()} does not take its inputs: {error}"
             continue
         for is_, should in zip(_flat(_fake(node)), _flat(made), strict=True):
-            if not _alike(is_, should, strides=is_own(node)):
+            if not alike(is_, should, strides=is_own(node)):
                 yield f"{_call(node)} is {_show(is_)}, and its op makes {_show(should)}"
 
 
@@ -146,7 +146,7 @@ def _wrong_outputs(graph: fx.Graph, before: Before) -> Iterator[str]:
         yield f"the graph has {len(outputs)} outputs, it had {len(before.outputs)}"
         return
     for i, (is_, was) in enumerate(zip(outputs, before.outputs, strict=True)):
-        if not _alike(is_, was, strides=False):
+        if not alike(is_, was, strides=False):
             yield f"output {i} of the graph is {_show(is_)}, it was {_show(was)}"
 
 
@@ -258,17 +258,6 @@ def _flat(made: Any) -> list[Any]:
 
 def _tensors(made: Any) -> list[Tensor]:
     return [t for t in _flat(made) if isinstance(t, Tensor)]
-
-
-def _alike(a: Any, b: Any, *, strides: bool) -> bool:
-    """Whether two fake values have one dtype, device and size; only tensors are compared."""
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return isinstance(a, Tensor) == isinstance(b, Tensor)
-    if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
-        return False
-    pairs = [*zip(a.shape, b.shape, strict=True)]
-    pairs += zip(a.stride(), b.stride(), strict=True) if strides else []
-    return all(statically_known_true(x == y) for x, y in pairs)
 
 
 def _show(made: Any) -> str:

@@ -1,6 +1,7 @@
 """Graph passes, in the order they run. Imported as lpcompile.passes."""
 
 from lpcompile.passes import (
+    addend,
     deduplicate,
     expert_loop,
     fuse,
@@ -13,6 +14,7 @@ from lpcompile.passes import (
 )
 
 __all__ = [
+    "addend",
     "deduplicate",
     "expert_loop",
     "fuse",

@@ -39,9 +39,7 @@ from lpcompile.ops.block_scaled import Side, tensor_decode, typed
 from lpcompile.ops.define import ALIGN, round_up
 
 
-def launch(
-    a: Side, b: Side, offs: Tensor, made: Tensor, addend: Tensor | None = None
-) -> Tensor:
+def launch(a: Side, b: Side, offs: Tensor, made: Tensor, addend: Tensor | None = None) -> Tensor:
     """The product of a with b[E, N, K], or along the columns of both, into ``made`` or its like."""
     if blocks.runs_native(a.values):
         native = torch._scaled_grouped_mm_v2(**arguments(a, b, offs))

@@ -8,8 +8,8 @@ fp32 accumulation, scales on the accumulator, one rounding. The shape of the sca
 they reach: a row each ([T]; [E, N]; flat [E * M] of wgrad's operands), a matrix ([1]; [E]), or
 blocks of 128 ([T, K / 128]; [E, N, K / 128], or [E, N / 128, K / 128] of a weight).
 
-An addend, of the result's shape and dtype, is added to the rounded product, and the sum rounded once
-more: the bits of a GEMM and a sum.
+An addend, of the result's shape and dtype, is added to the rounded product, and the sum is rounded
+once more: the bits of a GEMM and a sum.
 
 Rows of [T, N] past offs[-1] are whatever they are. offs of wgrad are the quantizer's offs_padded,
 multiples of ``groups.ALIGN``.
@@ -156,19 +156,19 @@ def launch(
     addend: Tensor | None = None,
 ) -> Tensor:
     if not fp8.runs_triton(a):
-        args = (a, a_scale, b, b_scale, offs, out_dtype, fast_accum, a_amax, b_amax, addend)
-        return reference(*args)
-    addend = None if addend is None else addend.contiguous()
+        more = (a_amax, b_amax, addend)
+        return reference(a, a_scale, b, b_scale, offs, out_dtype, fast_accum, *more)
     if offs is None:
         E, M = a.shape[:2]
         offs = torch.arange(1, E + 1, device=a.device, dtype=torch.int32) * M
         rows = a_scale[:, None].expand(E, M) if a_scale.dim() == 1 else a_scale
         args = (a.flatten(0, 1), rows.flatten(0, 1), b, b_scale, offs, out_dtype, fast_accum)
-        addend = None if addend is None else addend.flatten(0, 1)
         return launch(*args, a_amax, b_amax, addend).unflatten(0, (E, M))
     if not (a.shape[0] and b.shape[-2]):
         return outputs(a, a_scale, b, b_scale, offs, out_dtype, fast_accum)
     made = outputs(a, a_scale, b, b_scale, offs, out_dtype, fast_accum)
+    if addend is not None:
+        addend = addend.reshape(made.shape).contiguous()
     if a_scale.dtype in block_scaled.SCALES:
         sides = Side(a, a_scale, a_amax), Side(b, b_scale, b_amax)
         return block_scaled_grouped.launch(*sides, offs, made, addend)
