@@ -219,20 +219,45 @@ def contract(
 
 
 @gluon.jit
-def store(acc, arrays, strides, base, m, rows, n, N, BLOCKED: gl.constexpr, layout: gl.constexpr):
+def scales_of(
+    scales,
+    strides,
+    m,
+    rows,
+    n,
+    N,
+    MW: gl.constexpr,
+    NW: gl.constexpr,
+    BLOCKED: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """The scales of MW rows from m and of NW columns from n, unless blocks have them.
+
+    They are read before the sum is made, and those of columns lie where few registers hold them.
+    Rows past the last have its scale; nothing of them is stored.
+    """
+    if BLOCKED:
+        return 0.0, 0.0
+    else:  # noqa: RET505
+        r = gl.minimum(m + gl.arange(0, MW, gl.SliceLayout(1, layout)), rows - 1)
+        thin: gl.constexpr = gl.BlockedLayout([NW // 128], [32], [4], [0])
+        c = gl.minimum(n + gl.arange(0, NW, thin), N - 1)
+        return gl.load(scales[0] + r * strides[0]), gl.load(scales[1] + c * strides[1])
+
+
+@gluon.jit
+def store(acc, scales, arrays, base, m, rows, n, N, BLOCKED: gl.constexpr, layout: gl.constexpr):
     """Scale acc, round it, and store it from row base + m and column n of out[.., N].
 
     Where there is an addend, it is added to what was rounded, and the sum rounded once more.
     """
-    out_ptr, addend_ptr, a_scales, b_scales = arrays
+    out_ptr, addend_ptr = arrays
     BM: gl.constexpr = acc.shape[0]
     BN: gl.constexpr = acc.shape[1]
     if not BLOCKED:
-        # Rows past the last read its scale; nothing of them is stored.
-        r = gl.minimum(m + gl.arange(0, BM, gl.SliceLayout(1, layout)), rows - 1)
-        c = gl.minimum(n + gl.arange(0, BN, gl.SliceLayout(0, layout)), N - 1)
-        acc = acc * gl.expand_dims(gl.load(a_scales + r * strides[0]), 1)
-        acc = acc * gl.expand_dims(gl.load(b_scales + c * strides[1]), 0)
+        acc = acc * gl.expand_dims(scales[0], 1)
+        by_column = gl.convert_layout(scales[1], gl.SliceLayout(0, layout))
+        acc = acc * gl.expand_dims(by_column, 0)
     VECTOR: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
     ACROSS: gl.constexpr = min(BN // VECTOR, 32)
     lines: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
@@ -279,15 +304,18 @@ def multiply(
         base = group * M if GROUPS == COLUMNS else row
         a_scales = a_scale_ptr + group * a_stride_e + row * a_stride
         b_scales = b_scale_ptr + group * b_stride_e
-        to, by = (out_ptr, addend_ptr, a_scales, b_scales), (a_stride, b_stride)
+        to, by = (out_ptr, addend_ptr), ((a_scales, b_scales), (a_stride, b_stride))
         for index in range(upcoming, down * across, gl.num_programs(0)):
             m, n = place(index, down, across, BM, BN)
             m += WG * MW
             if FAST:
+                scales = scales_of(by[0], by[1], m, rows, n, N, MW, BN, BLOCKED, layout)
                 acc = contract_fast(bufs, step, steps, MW, WG, layout)
-                store(acc, to, by, base, m, rows, n, N, BLOCKED, layout)
+                store(acc, scales, to, base, m, rows, n, N, BLOCKED, layout)
             else:
                 m1, n1 = m + MW - 64, n + BN - 128  # the second part
+                scales = scales_of(by[0], by[1], m, rows, n, N, 64, 128, BLOCKED, layout)
+                scales1 = scales_of(by[0], by[1], m1, rows, n1, N, 64, 128, BLOCKED, layout)
                 r = gl.arange(0, 64, gl.SliceLayout(1, layout))
                 first = a_scales + k_begin // BK * a_stride_k
                 by_row = (
@@ -302,8 +330,8 @@ def multiply(
                 acc, acc1 = contract(
                     bufs, by_row, squares, along_k, step, steps, MW, WG, BLOCKED, SQUARE, layout
                 )
-                store(acc, to, by, base, m, rows, n, N, BLOCKED, layout)
-                store(acc1, to, by, base, m1, rows, n1, N, BLOCKED, layout)
+                store(acc, scales, to, base, m, rows, n, N, BLOCKED, layout)
+                store(acc1, scales1, to, base, m1, rows, n1, N, BLOCKED, layout)
             step += steps
             upcoming += gl.num_programs(0)
         upcoming -= down * across
