@@ -104,11 +104,17 @@ def multiply(args, what):
 
 
 def multiply_blocks(args):
-    """MXFP8 and NVFP4 operands, dequantized by the reference and multiplied by the kernel."""
+    """MXFP8 and NVFP4 operands, dequantized by the reference and multiplied by the kernel.
+
+    And the same with an addend, which this kernel leaves to torch.
+    """
     expected = ops.scaled_grouped_mm.exact(*args)
     *operands, dtype, fast, a_amax, b_amax = args
-    made = ops.scaled_grouped_mm.launch(*operands, torch.float32, fast, a_amax, b_amax)
+    args = (*operands, torch.float32, fast, a_amax, b_amax)
+    made = ops.scaled_grouped_mm.launch(*args)
     check(per_column(0.01)(made, expected), "blocks")
+    addend = torch.randn_like(made)
+    check(same_bits(ops.scaled_grouped_mm.launch(*args, addend), made + addend), "an addend")
 
 
 def main():
