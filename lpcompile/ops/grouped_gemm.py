@@ -20,6 +20,8 @@ from lpcompile.ops import groups
 from lpcompile.ops.define import ALIGN
 from lpcompile.ops.quantize_fp8_block import BLOCK
 
+STEP = 64  # elements of bf16 in a step of ``wgmma``
+
 
 @triton.jit
 def contract(
@@ -180,13 +182,9 @@ def suits_warpgroups(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> 
     known = Version("3.6") <= Version(triton.__version__) < Version("3.8")
     if not known or torch.cuda.get_device_capability(a.device)[0] != 9 or not a.shape[1]:
         return False
-    readable = all(
-        x.data_ptr() % ALIGN == 0
-        and x.stride(-2) * x.element_size() % ALIGN == 0
-        and x.stride(-1) == 1
-        for x in (a, b)
-    )
-    stacked = b.dim() == 2 or b.is_contiguous()
+    readable = _is_readable(a) and _is_readable(b)
+    # Of a stack the other way round, a step past the end would read the next matrix.
+    stacked = b.dim() == 2 or b.is_contiguous() or (b.mT.is_contiguous() and b.shape[2] % STEP == 0)
     if a_scale.dim() == 2 and b_scale.shape[-2] == b.shape[-2]:
         # Blocks of 1x128 in b: the scales of a step are a line that TMA reads too, and where it
         # begins to read must be a multiple of 16 bytes (else it is an illegal instruction).
@@ -194,6 +192,13 @@ def suits_warpgroups(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> 
         lines = b_scale.mT.is_contiguous() and b_scale.data_ptr() % ALIGN == 0
         return readable and stacked and lines and b.shape[-2] % ALIGN == 0
     return readable and stacked
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether TMA reads x[..., R, C]: rows of whole vectors; in bf16 they may be those of x.T."""
+    x = x.mT if x.stride(-1) != 1 and x.dtype is torch.bfloat16 else x
+    whole = x.stride(-2) * x.element_size() % ALIGN == 0
+    return x.stride(-1) == 1 and whole and x.data_ptr() % ALIGN == 0
 
 
 def fill_anywhere(

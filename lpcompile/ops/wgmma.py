@@ -4,7 +4,8 @@
     a[T, K],  b[E, N, K], offs[E] -> [T, N]      the rows of group e with b[e]
     a[M, Tp], b[N, Tp],   offs[E] -> [E, M, N]   the columns of group e of both
 
-Operands are FP8 or bf16, with scales as ``grouped_gemm`` takes them. In the last form groups begin
+Operands are FP8, or bf16, which may lie in memory the other way round, with scales as
+``grouped_gemm`` takes them. In the last form groups begin
 at multiples of ``groups.ALIGN``, so that a step of the contraction is of one group.
 
 The kernel is persistent, and its warps are specialized: one brings tiles to shared memory by TMA,
@@ -70,22 +71,17 @@ def place(index, down, across, BM: gl.constexpr, BN: gl.constexpr):
 
 @gluon.jit
 def load(
-    descs,
-    offs_ptr,
-    bufs,
-    sizes,
-    GROUPS: gl.constexpr,
-    BLOCKED: gl.constexpr,
-    SQUARE: gl.constexpr,
-):
+    descs, offs_ptr, bufs, sizes, GROUPS: gl.constexpr, BLOCKED: gl.constexpr,
+    SQUARE: gl.constexpr, TURNED: gl.constexpr,
+):  # fmt: skip
     """The warp that loads: every step of every tile of this program, as buffers become empty."""
     a_desc, b_desc, b_scale_desc = descs
     a_bufs, b_bufs, b_scale_bufs, full, empty = bufs
     E, M, N, K = sizes
     STAGES: gl.constexpr = a_bufs.shape[0]
-    BM: gl.constexpr = a_bufs.shape[1]
-    BN: gl.constexpr = b_bufs.shape[1]
-    BK: gl.constexpr = a_bufs.shape[2]
+    BM: gl.constexpr = a_bufs.shape[1 + TURNED[0]]
+    BN: gl.constexpr = b_bufs.shape[1 + TURNED[1]]
+    BK: gl.constexpr = a_bufs.shape[2 - TURNED[0]]
     SCALES: gl.constexpr = 4 * BN * (BLOCKED and not SQUARE)
     BYTES: gl.constexpr = (BM + BN) * BK * a_bufs.dtype.primitive_bitwidth // 8 + SCALES
     across = gl.cdiv(N, BN)
@@ -95,7 +91,7 @@ def load(
         down = gl.cdiv(rows, BM)
         b_row, b_block = 0, 0
         if GROUPS == ROWS:
-            b_row, b_block = group * N, group * gl.cdiv(K, BK)
+            b_row, b_block = group * (K if TURNED[1] else N), group * gl.cdiv(K, BK)
         for index in range(upcoming, down * across, gl.num_programs(0)):
             m, n = place(index, down, across, BM, BN)
             for k in range(k_begin, k_end, BK):
@@ -103,8 +99,13 @@ def load(
                 ready = full.index(stage)
                 mbarrier.wait(empty.index(stage), (step // STAGES + 1) & 1)
                 mbarrier.expect(ready, BYTES)
-                tma.async_copy_global_to_shared(a_desc, [row + m, k], ready, a_bufs.index(stage))
-                tma.async_copy_global_to_shared(b_desc, [b_row + n, k], ready, b_bufs.index(stage))
+                a_at, b_at = [row + m, k], [b_row + n, k]
+                if TURNED[0]:
+                    a_at = [k, row + m]
+                if TURNED[1]:
+                    b_at = [b_row + k, n]
+                tma.async_copy_global_to_shared(a_desc, a_at, ready, a_bufs.index(stage))
+                tma.async_copy_global_to_shared(b_desc, b_at, ready, b_bufs.index(stage))
                 if BLOCKED and not SQUARE:  # scales[K / 128, N] as one line
                     at = (b_block + k // BK) * N + n
                     to = b_scale_bufs.index(stage)
@@ -122,17 +123,24 @@ def rows_of(bufs, stage, BEGIN: gl.constexpr, NUM: gl.constexpr):
 
 
 @gluon.jit
-def contract_fast(bufs, step, steps, MW: gl.constexpr, WG: gl.constexpr, layout: gl.constexpr):
+def contract_fast(
+    bufs, step, steps, MW: gl.constexpr, WG: gl.constexpr, TURNED: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
     """The sum [MW, BN] over all steps, in the tensor cores' own accumulator."""
     a_bufs, b_bufs, _, full, empty = bufs
     STAGES: gl.constexpr = a_bufs.shape[0]
-    BN: gl.constexpr = b_bufs.shape[1]
+    BN: gl.constexpr = b_bufs.shape[1 + TURNED[1]]
     acc = warpgroup_mma_init(gl.zeros([MW, BN], gl.float32, layout))
     for i in range(0, steps):
         stage = (step + i) % STAGES
         mbarrier.wait(full.index(stage), (step + i) // STAGES & 1)
-        a = rows_of(a_bufs, stage, WG * MW, MW)
-        acc = warpgroup_mma(a, b_bufs.index(stage).permute((1, 0)), acc, is_async=True)
+        a, b = a_bufs.index(stage), b_bufs.index(stage)
+        if TURNED[0]:
+            a = a.permute((1, 0))
+        if not TURNED[1]:
+            b = b.permute((1, 0))
+        acc = warpgroup_mma(a.slice(WG * MW, MW, dim=0), b, acc, is_async=True)
         acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
         if i > 0:  # the step before is done
             mbarrier.arrive(empty.index((step + i - 1) % STAGES), count=1)
@@ -221,24 +229,17 @@ def contract(
 
 @gluon.jit
 def multiply(
-    arrays,
-    strides,
-    bufs,
-    sizes,
-    GROUPS: gl.constexpr,
-    FAST: gl.constexpr,
-    BLOCKED: gl.constexpr,
-    SQUARE: gl.constexpr,
-    WG: gl.constexpr,
-):
+    arrays, strides, bufs, sizes, GROUPS: gl.constexpr, FAST: gl.constexpr, BLOCKED: gl.constexpr,
+    SQUARE: gl.constexpr, TURNED: gl.constexpr, WG: gl.constexpr,
+):  # fmt: skip
     """Warpgroup WG of two: its half of the rows of every tile of this program."""
     out_ptr, addend_ptr, a_scale_ptr, b_scale_ptr, offs_ptr = arrays
     a_stride_e, a_stride, a_stride_k, b_stride_e, b_stride, b_stride_k = strides
     a_bufs, b_bufs, _, _, _ = bufs
     E, M, N, K = sizes
-    BM: gl.constexpr = a_bufs.shape[1]
-    BN: gl.constexpr = b_bufs.shape[1]
-    BK: gl.constexpr = a_bufs.shape[2]
+    BM: gl.constexpr = a_bufs.shape[1 + TURNED[0]]
+    BN: gl.constexpr = b_bufs.shape[1 + TURNED[1]]
+    BK: gl.constexpr = a_bufs.shape[2 - TURNED[0]]
     MW: gl.constexpr = BM // 2
     KI: gl.constexpr = 256 // a_bufs.dtype.primitive_bitwidth
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN if FAST else 128, KI])
@@ -257,7 +258,7 @@ def multiply(
             m += WG * MW
             if FAST:
                 scales = scales_of(by[0], by[1], m, rows, n, N, MW, BN, BLOCKED, layout)
-                acc = contract_fast(bufs, step, steps, MW, WG, layout)
+                acc = contract_fast(bufs, step, steps, MW, WG, TURNED, layout)
                 store(acc, scales, to, base, m, rows, n, N, BLOCKED, layout)
             else:
                 m1, n1 = m + MW - 64, n + BN - 128  # the second part
@@ -309,13 +310,18 @@ def kernel(
     FAST: gl.constexpr,
     BLOCKED: gl.constexpr,
     SQUARE: gl.constexpr,  # of b's scales: 128 rows share one
+    A_TURNED: gl.constexpr,  # the contraction is the first dimension of its tiles
+    B_TURNED: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    BM: gl.constexpr = a_desc.block_type.shape[0]
-    BN: gl.constexpr = b_desc.block_type.shape[0]
-    BK: gl.constexpr = a_desc.block_type.shape[1]
-    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BM, BK], a_desc.layout)
-    b_bufs = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BN, BK], b_desc.layout)
+    TURNED: gl.constexpr = (A_TURNED, B_TURNED)
+    BN: gl.constexpr = b_desc.block_type.shape[B_TURNED]
+    a_bufs = gl.allocate_shared_memory(
+        a_desc.dtype, [STAGES] + a_desc.block_type.shape, a_desc.layout
+    )
+    b_bufs = gl.allocate_shared_memory(
+        b_desc.dtype, [STAGES] + b_desc.block_type.shape, b_desc.layout
+    )
     b_scale_bufs = b_bufs  # not read but as scales
     if BLOCKED and not SQUARE:
         b_scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BN], b_scale_desc.layout)
@@ -331,9 +337,15 @@ def kernel(
     strides = (a_stride_e, a_stride, a_stride_k, b_stride_e, b_stride, b_stride_k)
     gl.warp_specialize(
         [
-            (multiply, (arrays, strides, bufs, sizes, GROUPS, FAST, BLOCKED, SQUARE, FIRST)),
-            (multiply, (arrays, strides, bufs, sizes, GROUPS, FAST, BLOCKED, SQUARE, SECOND)),
-            (load, (descs, offs_ptr, bufs, sizes, GROUPS, BLOCKED, SQUARE)),
+            (
+                multiply,
+                (arrays, strides, bufs, sizes, GROUPS, FAST, BLOCKED, SQUARE, TURNED, FIRST),
+            ),
+            (
+                multiply,
+                (arrays, strides, bufs, sizes, GROUPS, FAST, BLOCKED, SQUARE, TURNED, SECOND),
+            ),
+            (load, (descs, offs_ptr, bufs, sizes, GROUPS, BLOCKED, SQUARE, TURNED)),
         ],
         [4, 1],
         [232, 40],  # registers of a thread; 232 are left to the first warpgroup
@@ -357,6 +369,8 @@ def fill(
     square = blocked and b_scale.shape[-2] != N
     # The wider tile reads less of shared memory; not where it is wider than the result.
     BM, BN = (128, 256) if round_up(N, 256) == round_up(N, 128) else (256, 128)
+    # Of x.T as x lies, the contraction is not last in memory; bf16 is multiplied so too.
+    turned = tuple(int(x.stride(-1) != 1) for x in (a, b))
     b_scale_desc = None
     if blocked and not square:
         lines = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
@@ -366,15 +380,20 @@ def fill(
     of_b = grouped_gemm.strides(b_scale, b, groups == 2)
     processors = torch.cuda.get_device_properties(a.device).multi_processor_count
     kernel[(processors,)](
-        _tiles(a, BM), _tiles(b.flatten(0, -2), BN), b_scale_desc, a_scale, b_scale, offs, out,
+        _tiles(a, BM), _tiles(b, BN), b_scale_desc, a_scale, b_scale, offs, out,
         addend, 1 if offs is None else offs.shape[0], M, N, K, *of_a, *of_b,
-        groups, fast_accum and not blocked, blocked, square, 4 if out.element_size() == 2 else 3,
+        groups, fast_accum and not blocked, blocked, square, *turned,
+        4 if out.element_size() == 2 else 3,
         num_warps=4,
     )  # fmt: skip
 
 
 def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
-    """x[R, C] in tiles of ``rows`` by 128 bytes."""
+    """x[..., R, C] in tiles of ``rows`` by 128 bytes along C, as they lie in memory."""
     size = x.element_size()
+    shape = [rows, LINE // size]
+    if x.stride(-1) != 1:
+        x, shape = x.mT, shape[::-1]
+    flat = x.flatten(0, -2)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=LINE, element_bitwidth=8 * size, rank=2)
-    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [rows, LINE // size], layout)
+    return TensorDescriptor(flat, list(flat.shape), [flat.stride(0), 1], shape, layout)

@@ -115,6 +115,18 @@ CASES = {
         *(values(T, K), ones(K // 128, T).t(), values(E, 384, K), ones(E, K // 128, 384).mT),
         *(offs(), values(T, 384, dtype=BF16), False),
     ),
+    "bf16, columns as tokens lie": (
+        *(values(T, N, dtype=BF16).t(), ones(1), values(T, N, dtype=BF16).t(), ones(1)),
+        *(offs(), values(E, N, N, dtype=BF16), True),
+    ),
+    "bf16, narrow columns, one as its tokens lie": (
+        *(values(N, T, dtype=BF16), ones(1), values(T, 384, dtype=BF16).t(), ones(1)),
+        *(offs(), values(E, N, 384, dtype=BF16), True),
+    ),
+    "bf16, rows and weights as they lie": (
+        *(values(T, K, dtype=BF16), ones(1), values(E, K, N, dtype=BF16).mT, ones(E)),
+        *(offs(), values(T, N, dtype=BF16), True),
+    ),
     "bf16, a matrix": (
         *(values(T, K, dtype=BF16), ones(1), values(N, K, dtype=BF16), ones(1)),
         *(None, values(T, N, dtype=BF16), True),
@@ -156,5 +168,10 @@ def test_only_what_tma_reads_is_for_warpgroups(monkeypatch):
     odd = values(E, 386, K), ones(E, K // 128, 386).mT
     assert not suits(a, a_scale, *odd)  # a group's line of scales begins anywhere
     assert suits(a, ones(T), odd[0], ones(E, 386))
+    x, w = values(T, K, dtype=BF16), values(E, K, N, dtype=BF16).mT
+    assert suits(x, ones(1), w, ones(E))  # bf16 may lie the other way round
+    assert suits(values(K, T, dtype=BF16).t(), ones(1), w[0], ones(1))
+    assert not suits(x[:, :200], ones(1), values(E, 200, N, dtype=BF16).mT, ones(E))
+    assert not suits(x, ones(1), values(E, K, 250, dtype=BF16).mT, ones(E))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert not suits(a, a_scale, b, b_scale)
