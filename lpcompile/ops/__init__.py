@@ -12,6 +12,7 @@ from lpcompile.ops import (
     fused_cast,
     fused_cast_micro,
     fused_quantize_row,
+    fused_wide_micro,
     hadamard,
     quantize_fp8_block,
     quantize_fp8_block_grouped_t,
@@ -39,6 +40,8 @@ from lpcompile.ops import (
     swizzle_experts,
     swizzle_grouped,
     swizzle_grouped_t,
+    wide_grouped_mm,
+    wide_mm,
 )
 
 ALL = (
@@ -53,6 +56,7 @@ ALL = (
     fused_cast,
     fused_cast_micro,
     fused_quantize_row,
+    fused_wide_micro,
     hadamard,
     quantize_fp8_block,
     quantize_fp8_block_grouped_t,
@@ -80,4 +84,6 @@ ALL = (
     swizzle_experts,
     swizzle_grouped,
     swizzle_grouped_t,
+    wide_grouped_mm,
+    wide_mm,
 )

@@ -2,18 +2,14 @@
 
 On capability 10 torch's block-scaled GEMM, with swizzled scales and, for NVFP4, the scales of both
 tensors on its fp32 accumulator: assembled from NVIDIA's documentation, never run on a Blackwell.
-Elsewhere the operands are dequantized, which is exact in bf16, and multiplied there. The scale of a
-tensor goes to the fp32 accumulator: on a bf16 result it would round twice, and folded into an
-operand it would not be exact. cuBLAS takes it from the host only, so that on Hopper NVFP4 goes to
-``wgmma``, which applies it as it stores; elsewhere one kernel scales and rounds cuBLAS's fp32
-result. Dequantizing inside the GEMM (``tl.dot_scaled``) reached a quarter of either's rate.
+Elsewhere the operands are dequantized, which is exact in bf16, and ``wide_mm`` multiplies them;
+in a graph ``passes/emulate.py`` does the same with nodes, which fuse. Dequantizing inside the GEMM
+(``tl.dot_scaled``) reached a quarter of its rate.
 """
 
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType
 
@@ -22,7 +18,6 @@ from lpcompile.ops import (
     blocks,
     dequantize,
     fp4,
-    grouped_gemm,
     hadamard,
     quantize_mxfp8,
     quantize_mxfp8_square_t,
@@ -31,6 +26,7 @@ from lpcompile.ops import (
     quantize_nvfp4_square,
     quantize_nvfp4_square_t,
     swizzle,
+    wide_mm,
 )
 from lpcompile.ops.define import ALIGN, round_up
 
@@ -59,18 +55,9 @@ def decoded(side: Side, dtype: torch.dtype) -> Tensor:
     return x * amax / torch.full_like(amax, fp4.TENSOR_MAX)
 
 
-def tensor_decode(amax: Tensor) -> Tensor:
-    """amax[1] -> the decode scale of its tensor, fp32: amax / 2688."""
-    return amax / torch.full_like(amax, fp4.TENSOR_MAX)  # by a tensor: by a number is not IEEE
-
-
 def reference(a: Side, b: Side, out_dtype: torch.dtype) -> Tensor:
     x, w = (dequantize.wide(s.values, s.scales) for s in (a, b))
-    product = x @ w.t()
-    for side in (a, b):
-        if side.amax is not None:
-            product *= tensor_decode(side.amax)
-    return product.to(out_dtype)
+    return wide_mm.reference(x, w, out_dtype, a.amax, b.amax)
 
 
 def launch(a: Side, b: Side, out_dtype: torch.dtype) -> Tensor:
@@ -78,16 +65,7 @@ def launch(a: Side, b: Side, out_dtype: torch.dtype) -> Tensor:
         made = torch._scaled_mm_v2(**arguments(a, b, out_dtype))
         return made[:, : b.values.shape[0]]
     x, w = (dequantize.op(s.values, s.scales) for s in (a, b))
-    if a.amax is None or b.amax is None:
-        return x @ w.t() if out_dtype == x.dtype else torch.mm(x, w.t(), out_dtype=out_dtype)
-    made = x.new_empty((x.shape[0], w.shape[0]), dtype=out_dtype)
-    scales = tensor_decode(a.amax), tensor_decode(b.amax)
-    if grouped_gemm.suits_warpgroups(x, scales[0], w, scales[1]):
-        from lpcompile.ops import wgmma  # which not every Triton can import
-
-        wgmma.fill(x, scales[0], w, scales[1], None, made, fast_accum=True)
-        return made
-    return fill(torch.mm(x, w.t(), out_dtype=torch.float32), a.amax, b.amax, made)
+    return wide_mm.launch(x, w, out_dtype, a.amax, b.amax)
 
 
 def arguments(a: Side, b: Side, out_dtype: torch.dtype) -> dict[str, Any]:
@@ -127,27 +105,10 @@ def _scaling(side: Side) -> tuple[list[Tensor], list[int], list[int]]:
         scales = scales.view(torch.float8_e8m0fnu)
         return [scales], [ScalingType.BlockWise1x32.value], [SwizzleType.SWIZZLE_32_4_4.value]
     return (
-        [scales, tensor_decode(side.amax)],
+        [scales, fp4.tensor_decode(side.amax)],
         [ScalingType.BlockWise1x16.value, ScalingType.TensorWise.value],
         [SwizzleType.SWIZZLE_32_4_4.value, SwizzleType.NO_SWIZZLE.value],
     )
-
-
-@triton.jit
-def kernel(wide_ptr, a_amax_ptr, b_amax_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    """wide[n] fp32 times the decode scales of two tensors, rounded once more."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    a = tl.div_rn(tl.load(a_amax_ptr), 2688.0)
-    b = tl.div_rn(tl.load(b_amax_ptr), 2688.0)
-    wide = tl.load(wide_ptr + at, mask=at < n, other=0.0)
-    tl.store(out_ptr + at, (wide * a * b).to(out_ptr.dtype.element_ty), mask=at < n)
-
-
-def fill(wide: Tensor, a_amax: Tensor, b_amax: Tensor, out: Tensor) -> Tensor:
-    """Run the kernel into ``out``."""
-    grid = (triton.cdiv(wide.numel(), 4096),)
-    kernel[grid](wide, a_amax, b_amax, out, wide.numel(), 4096, num_warps=8)
-    return out
 
 
 def samples(device: str) -> list[tuple[Any, ...]]:

@@ -2,8 +2,8 @@
 
 On capability 10 torch's block-scaled grouped GEMM, with the scales of each group in tiles and, for
 NVFP4, those of the tensors on its fp32 accumulator: assembled from torch's source, never run on a
-Blackwell. Elsewhere the operands are dequantized, which is exact in bf16, and ``grouped_gemm``
-multiplies them, the tensors' scales on its accumulator too.
+Blackwell. Elsewhere the operands are dequantized, which is exact in bf16, and ``wide_grouped_mm``
+multiplies them.
 
 Scales are brought into tiles here, on a device that reads them so, and not by a node of the graph
 as for ``scaled_mm``: what dequantizes would have to find every group's tiles again, for nothing.
@@ -22,7 +22,7 @@ from lpcompile.ops import (
     amax_tensor_grouped,
     blocks,
     dequantize,
-    grouped_gemm,
+    fp4,
     hadamard,
     quantize_mxfp8,
     quantize_mxfp8_grouped_t,
@@ -34,8 +34,9 @@ from lpcompile.ops import (
     swizzle_experts,
     swizzle_grouped,
     swizzle_grouped_t,
+    wide_grouped_mm,
 )
-from lpcompile.ops.block_scaled import Side, tensor_decode, typed
+from lpcompile.ops.block_scaled import Side, typed
 from lpcompile.ops.define import ALIGN, round_up
 
 
@@ -45,29 +46,8 @@ def launch(a: Side, b: Side, offs: Tensor, made: Tensor, addend: Tensor | None =
         native = torch._scaled_grouped_mm_v2(**arguments(a, b, offs))
         native = native[..., : b.values.shape[-2]].to(made.dtype)
         return native.contiguous() if addend is None else native + addend
-    x, w = _dequantized(a), _dequantized(b)
-    E, along_k = offs.shape[0], w.dim() == 2
-    scales = (_by_row(side, E, along_k) for side in (a, b))
-    args = (x, next(scales), w, next(scales), offs, made)
-    grouped_gemm.fill(*args, fast_accum=True, addend=addend)
-    return made
-
-
-def _dequantized(side: Side) -> Tensor:
-    """An operand in bf16, without its tensors' scales."""
-    values, scales = (t.flatten(0, -2) for t in (side.values, side.scales))
-    return dequantize.op(values, scales).unflatten(0, side.values.shape[:-1])
-
-
-def _by_row(side: Side, num_groups: int, along_k: bool) -> Tensor:
-    """The scales of an operand's tensors as ``grouped_gemm`` reads them: one, [E], or of rows."""
-    if side.amax is None:
-        return torch.ones(1 if side.values.dim() == 2 else num_groups, device=side.values.device)
-    scale = tensor_decode(side.amax)
-    if side.values.dim() == 3 or scale.numel() == 1:
-        return scale
-    rows = side.values.shape[0] if along_k else side.values.shape[0] // num_groups
-    return scale[:, None].expand(num_groups, rows).flatten()
+    x, w = (dequantize.op(s.values, s.scales) for s in (a, b))
+    return wide_grouped_mm.launch(x, w, offs, made.dtype, a.amax, b.amax, addend)
 
 
 def arguments(a: Side, b: Side, offs: Tensor) -> dict[str, Any]:
@@ -112,7 +92,7 @@ def _scaling(side: Side, offs: Tensor, along_k: bool) -> tuple[list[Tensor], lis
     if side.amax is None:
         return [scales.view(torch.float8_e8m0fnu)], [ScalingType.BlockWise1x32.value], [tiles]
     return (
-        [scales, tensor_decode(side.amax).expand(offs.shape).contiguous()],
+        [scales, fp4.tensor_decode(side.amax).expand(offs.shape).contiguous()],
         [ScalingType.BlockWise1x16.value, ScalingType.TensorWise.value],
         [tiles, SwizzleType.NO_SWIZZLE.value],
     )

@@ -1,5 +1,7 @@
 """Undo MXFP8 and NVFP4: values[R, Kv], scales -> x[R, K] bf16, exact, without the tensor's scale.
 
+Of stacks, values[E, R, Kv], every matrix.
+
 values e4m3 with e8m0 scales per 32, or uint8 (two e2m1 codes) with e4m3 scales per 16; scales are
 [R, K / block], or flat as ``swizzle`` made them. e4m3 times a power of two, and e2m1 times e4m3,
 have at most 6 significant bits, so bf16 holds the product (below 2^-126 down to its own 2^-133).
@@ -33,11 +35,11 @@ def is_fp4(values: Tensor) -> bool:
 
 def contraction(values: Tensor) -> int:
     """The elements in a row of values."""
-    return values.shape[1] * (2 if is_fp4(values) else 1)
+    return values.shape[-1] * (2 if is_fp4(values) else 1)
 
 
 def outputs(values: Tensor, scales: Tensor) -> Tensor:
-    return values.new_empty((values.shape[0], contraction(values)), dtype=torch.bfloat16)
+    return values.new_empty((*values.shape[:-1], contraction(values)), dtype=torch.bfloat16)
 
 
 def reference(values: Tensor, scales: Tensor) -> Tensor:
@@ -46,6 +48,8 @@ def reference(values: Tensor, scales: Tensor) -> Tensor:
 
 def wide(values: Tensor, scales: Tensor) -> Tensor:
     """The same in fp32, exact for every scale."""
+    if values.dim() == 3:
+        return wide(values.flatten(0, 1), scales.flatten(0, 1)).unflatten(0, values.shape[:2])
     R, K = values.shape[0], contraction(values)
     block = fp4.BLOCK if is_fp4(values) else mx.BLOCK
     if scales.dim() == 1:
@@ -102,8 +106,9 @@ def kernel(
 
 
 def fill(values: Tensor, scales: Tensor, x: Tensor) -> Tensor:
-    """Run the kernel into x[R, K]."""
-    R, K = x.shape
+    """Run the kernel into x[..., R, K], whose matrices follow each other."""
+    K = x.shape[-1]
+    R = x.numel() // K
     BR, BK = 16, 256
     kernel[(triton.cdiv(R, BR), triton.cdiv(K, BK))](
         values, scales, x.view(torch.int16), R, K,

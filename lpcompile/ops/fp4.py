@@ -75,6 +75,11 @@ def _signed(code: Tensor, v: Tensor) -> Tensor:
     return torch.where(v.isnan(), 7, code | (v.signbit().to(torch.uint8) << 3))
 
 
+def tensor_decode(amax: Tensor) -> Tensor:
+    """amax[...] -> the decode scale of its tensor, fp32: amax / 2688."""
+    return amax / torch.full_like(amax, TENSOR_MAX)  # by a tensor: by a number is not IEEE
+
+
 def pack(codes: Tensor) -> Tensor:
     """codes[R, C] -> bytes[R, C / 2], the even element in the low half."""
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
@@ -151,6 +156,27 @@ def code_above(v, word, STOCHASTIC: tl.constexpr):
         rounded = tl.fma(power.to(tl.float32, bitcast=True), 4194304.0, a)
         code = rounded.to(tl.int32, bitcast=True) + ((power >> 22) - power)
     return code.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def tile_rounded(v, index, seed, draw, STOCHASTIC: tl.constexpr):
+    """v[...] fp32 -> what its code stands for, fp32; rounded as ``code_above`` does it.
+
+    index[...]: the logical element of each, uint32 or int64.
+    """
+    a = tl.minimum(tl.abs(v), 6.0)
+    power = tl.maximum(a.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
+    if STOCHASTIC:
+        fine = (254 << 23) - power + (25 << 23)
+        steps = tl.ceil(a * fine.to(tl.float32, bitcast=True)).to(tl.int32)
+        word = tile_words(seed, draw, index)
+        code = steps + 0xFFFFFF - (word >> 8).to(tl.int32) >> 24
+        made = code.to(tl.float32) * (power - (1 << 23)).to(tl.float32, bitcast=True)
+    else:
+        above = power.to(tl.float32, bitcast=True) * 4194304.0
+        made = (a + above) - above
+    sign = v.to(tl.uint32, bitcast=True) & 0x80000000
+    return (made.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit

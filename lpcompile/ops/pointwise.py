@@ -126,6 +126,16 @@ def run(program: Program, inputs: list[Tensor]) -> list[Tensor]:
     return [torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in results]
 
 
+@cache
+def keeps_zero(text: str) -> bool:
+    """Whether results are zero where all inputs are: of masked loads, no result needs a mask."""
+    program = parse(text)
+    if "scalar" in program.kinds:
+        return False
+    zeros = [torch.zeros(1) if kind == "column" else torch.zeros(1, 1) for kind in program.kinds]
+    return not any(result.any() for result in run(program, zeros))
+
+
 def arguments(program: Program, inputs: list[Tensor]) -> list[Any]:
     """What a kernel takes for its inputs: each, and after a wide one from one row to the next."""
     made: list[Any] = []

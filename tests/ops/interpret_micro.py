@@ -10,7 +10,16 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from lpcompile import ops
-from lpcompile.ops import amax_group, blocks, fp8, fused_amax, hadamard
+from lpcompile.ops import (
+    amax_group,
+    amax_tensor,
+    blocks,
+    fp8,
+    fused_amax,
+    fused_amax_micro,
+    hadamard,
+)
+from lpcompile.ops.pointwise import IDENTITY
 
 convert = interpreter._convert_float
 BY_TORCH = {tl.float8e4nv: torch.float8_e4m3fn, tl.bfloat16: torch.bfloat16}
@@ -58,6 +67,25 @@ def fused():
                 yield module, args  # NVFP4 codes of NaN: its minimum keeps it, a GPU's does not
 
 
+def wide():
+    """The same of what copies stand for: small, or they take minutes."""
+    offs, seed = torch.tensor([0, 12, 12, 30], dtype=torch.int32), torch.tensor([7])
+    x, experts = torch.randn(41, 70).bfloat16(), torch.randn(2, 41, 70).bfloat16()
+    whole = amax_tensor.reference(x), fused_amax_micro.reference([x], IDENTITY, ["hadamard0"])[0]
+    of_groups = amax_group.reference(x, offs, hadamard.SIGNS)
+    for forms, amaxes, ends in (
+        (["0 n 1 rceil plain", "0 t 1 floor plain", "0 t 32 rceil plain"], (), None),
+        (["0 n 1 rceil plain", "0 g 1 rceil plain"], (), offs),
+        (["0 n 1 draw2 plain", "0 h 1 draw3 plain"], whole, None),
+        (["0 n 16 nearest plain", "0 gh 1 draw5 plain"], (whole[0], of_groups), offs),
+        (["0 gh 1 draw5 plain", "0 g 1 nearest plain"], (of_groups, of_groups), offs),
+    ):
+        yield ops.fused_wide_micro, ([x], list(amaxes), seed, IDENTITY, forms, ends)
+    each = [amax_tensor.reference(experts)]
+    args = ([experts], each, None, IDENTITY, ["0 t 16 nearest plain"])
+    yield ops.fused_wide_micro, args
+
+
 def main():
     interpreter._convert_float = rounded_by_torch
     fp8.runs_triton = lambda x: True
@@ -65,7 +93,7 @@ def main():
     small = [s for s in fused_amax.programs("cpu") if s[0][0].shape[0] < 400]
     fused_amax.programs = lambda device: small
     count = 0
-    for module, args in (*fused(), *ragged()):
+    for module, args in (*fused(), *ragged(), *wide()):
         said = module.agrees(module.launch(*args), module.reference(*args))
         if said:
             raise SystemExit(f"{module.__name__} {args[1:]}: {said}")

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lpcompile import ops
-from lpcompile.ops import pointwise
+from lpcompile.ops import pointwise, wide_source
 from lpcompile.ops.micro_source import Form, parse_form
 
 SWIGLU = (
@@ -31,13 +31,14 @@ FORMS = {
     "nv square t": (("0 t 16 nearest swizzled",), "cvt.rn.satfinite.e2m1x2"),
 }
 TYPES = {"i": "*bf16", "a": "*fp32", "q": "*u8", "s": "*u8", "seed_ptr": "*i64"}
+TYPES |= {"w": "*i16", "offs_ptr": "*i32", "padded_ptr": "*i32"}
 
 
-def assembled(kernel, capability, tile, types=None):
-    """The kernel compiled for a capability, with pointers of these types."""
+def assembled(kernel, capability, tile, types=None, num_warps=4, **more):
+    """The kernel compiled for a capability, with pointers of these types, and ``more`` sizes."""
     signature, constants = {}, {}
     attributes = {}
-    sizes = dict(zip(("BM", "BC", "NATIVE", "EVEN"), tile, strict=True), ROWS=256)
+    sizes = dict(zip(("BM", "BC", "NATIVE", "EVEN"), tile, strict=True), ROWS=256, **more)
     for i, parameter in enumerate(kernel.params):
         name = parameter.name
         if name in sizes:
@@ -53,7 +54,7 @@ def assembled(kernel, capability, tile, types=None):
         ASTSource(kernel, signature, constants, attributes),
         GPUTarget("cuda", capability, 32),
     )
-    options = {"num_warps": 4, "enable_fp_fusion": False}
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
     return triton.compile(source, target=target, options=options)
 
 
@@ -73,6 +74,28 @@ def test_a_cast_assembles_for_hopper_and_blackwell_with_its_conversions(name, ca
     assert bool(found) == (native and bool(conversion))
     assert all(conversion in f for f in found)
     assert ".local" not in made.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        ("0 n 1 rceil plain", "0 t 1 rceil plain"),
+        ("0 n 1 rceil plain", "0 g 1 rceil plain"),
+        ("0 h 1 nearest plain",),
+        ("0 n 1 draw0 plain",),
+        ("0 gh 1 draw0 plain",),
+    ],
+)
+def test_wide_copies_assemble_for_hopper_and_no_maximum_leaves_its_warp(forms):
+    parsed = [parse_form(f) for f in forms]
+    BM, BC, warps, columns = ops.fused_wide_micro._tile(parsed)
+    grouped = wide_source.is_grouped(parsed)
+    kernel = ops.fused_wide_micro.kernel(SWIGLU, forms, not grouped)
+    tile = (BM, BC, False, not grouped)
+    made = assembled(kernel, 90, tile, num_warps=warps, COLUMNS=columns, EP=64)
+    assert made.asm["cubin"][:4] == b"\x7fELF"
+    assert ".local" not in made.asm["ptx"]
+    assert made.metadata.shared == 0 or warps > 1
 
 
 @pytest.mark.parametrize("wants", [("tensor0",), ("hadamard0",), ("tensor0", "hadamard0")])

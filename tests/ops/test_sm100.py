@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lpcompile import ops
-from lpcompile.ops import block_scaled, blocks, fp8, hadamard, quantize_nvfp4
+from lpcompile.ops import blocks, fp8, hadamard, quantize_nvfp4
 
 KERNELS = (
     ops.amax_group,
@@ -26,7 +26,7 @@ KERNELS = (
     ops.swizzle_grouped,
     ops.swizzle_grouped_t,
     ops.dequantize,
-    block_scaled,
+    ops.wide_mm,
 )
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -182,9 +182,9 @@ def test_sm90_kernels_assemble_without_the_conversions_of_blackwell(name, assemb
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
 def test_sm100_and_sm90_scale_of_the_accumulator_assembles(out_dtype, capability, monkeypatch):
-    assembler = Assembler(block_scaled.kernel, capability)
-    monkeypatch.setattr(block_scaled, "kernel", assembler)
-    block_scaled.fill(torch.ones(64, 48), AMAX, AMAX, torch.empty(64, 48, dtype=out_dtype))
+    assembler = Assembler(ops.wide_mm.kernel, capability)
+    monkeypatch.setattr(ops.wide_mm, "kernel", assembler)
+    ops.wide_mm.fill(torch.ones(64, 48), AMAX, AMAX, torch.empty(64, 48, dtype=out_dtype))
     (made,) = assembler.made
     assert made.asm["cubin"][:4] == b"\x7fELF"
     assert is_ieee(made.asm["ptx"])

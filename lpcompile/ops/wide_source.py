@@ -1,0 +1,148 @@
+"""The Triton source of ``fused_wide_micro``, for one program and its forms.
+
+Generated: the producer, and which copies are made of its results. What narrows a tile and widens it
+again is ``lpcompile.ops.wide_tile``.
+"""
+
+from lpcompile.ops import fp8, fused_source, groups, hadamard, micro_source, mx, pointwise
+from lpcompile.ops.micro_source import E4M3, Form, parse_form
+
+TRANSFORMED = ("h", "gh")
+GROUPED = ("g", "gh")
+
+
+def is_grouped(forms: list[Form]) -> bool:
+    """Whether tiles are cut inside ragged groups of rows."""
+    return any(form.way in GROUPED for form in forms)
+
+
+def source(program: str, forms: tuple[str, ...], even: bool, index: str) -> str:
+    """A module with the ``kernel`` of every form, tiles of BM rows and BC columns of the results.
+
+    It goes COLUMNS columns to the right, so that the group of its rows is found once.
+    Of stochastic rounding it takes the draw, so that one kernel makes every draw.
+    even: M and C are multiples of a tile, and there are no groups, so that nothing is masked.
+    index: the Triton integer that holds the index of every element.
+    """
+    named, parsed = pointwise.parse(program), [parse_form(f) for f in forms]
+    grouped = is_grouped(parsed)
+    pointers = fused_source._pointers(named)
+    bumps = [f"i{i}_ptr += e * M * C" for i, kind in enumerate(named.kinds) if kind == "full"]
+    for i, form in enumerate(parsed):
+        pointers += [f"w{i}_ptr"] + [f"a{i}_ptr"] * bool(form.amax)
+        pointers += [f"draw{i}"] * (form.draw is not None)
+    if any(form.draw is not None for form in parsed):
+        pointers.append("seed_ptr")
+    sizes = ["M", "C", "COLUMNS: tl.constexpr"]
+    if grouped:
+        sizes = ["offs_ptr", "padded_ptr", "E", "TP", "EP: tl.constexpr", *sizes]
+    tile = ["c = start + tl.arange(0, BC)"]
+    if any(form.way not in TRANSFORMED for form in parsed):
+        tile.append(f"x = {_produce(named, 'm', 'last')}")
+    for i, form in enumerate(parsed):
+        tile += _form(i, form, named, index)
+    body = [
+        "e = tl.program_id(2).to(tl.int64)  # of a stack, the matrix",
+        *bumps,
+        *(_GROUPED_ROWS if grouped else _ROWS),
+        "m, to = top + tl.arange(0, BM), to_top + tl.arange(0, BM)",
+        "begin_of_columns = tl.program_id(0) * COLUMNS",
+        "end_of_columns = tl.minimum(begin_of_columns + COLUMNS, (C + 31) // 32 * 32)",
+        *(_SKIP if grouped else []),
+        "for start in range(begin_of_columns, end_of_columns, BC):",
+        *(f"    {line}" for line in tile),
+    ]
+    masked = not pointwise.keeps_zero(program)
+    return micro_source._module(program, forms, named, [*pointers, *sizes], body, even, masked)
+
+
+# Rows m of the results, from ``top``, before ``last``; and rows ``to``, from ``to_top``, before
+# ``stop``, of what is padded along them.
+_ROWS = [
+    "top = tl.program_id(1) * BM",
+    "to_top, last, real, stop = top, M, M, (M + 31) // 32 * 32",
+    "full = stop",
+]
+_GROUPED_ROWS = [
+    f"SUB: tl.constexpr = {groups.ALIGN} // BM  # tiles that cover a group's padding too",
+    "tile = tl.program_id(1) // SUB",
+    *(line.format(tile=groups.ALIGN, align=groups.ALIGN) for line in fused_source._LOCATE),
+    fused_source._REST,
+    "if (tl.program_id(1) == 0) & (tl.program_id(0) == 0):",
+    f"    groups.store_padded_ends(padded_ptr, starts, ends, E, {groups.ALIGN}, EP)",
+    "index = index * SUB + tl.program_id(1) % SUB",
+    "top, to_top = first + index * BM, begin + index * BM",
+    "real = tl.where(group < E, last, 0)  # rows past the last group are zeros where it is padded",
+    f"stop = begin + tl.cdiv(last - first, {groups.ALIGN}) * {groups.ALIGN}",
+    "stop = tl.where(group < E, stop, TP)",
+    "full = begin + tl.cdiv(last - first, 32) * 32  # zeros follow, under a NaN scale too",
+]
+# Programs past the last row have nothing to do.
+_SKIP = ["if (top >= last) & (to_top >= stop):", "    end_of_columns = begin_of_columns"]
+# The logical index of every element of a copy, by its rows r and columns c as the result lies.
+_INDEX = {
+    "n": "(e * M + {r}).to({index}) * C + {c}.to({index})",
+    "t": "(e * C + {c}).to({index}) * M + {r}.to({index})",
+    "h": "(e * C + {c}).to({index}) * ((M + 15) // 16 * 16) + {r}.to({index})",
+    "g": "{c}.to({index}) * TP + {r}.to({index})",
+    "gh": "{c}.to({index}) * TP + {r}.to({index})",
+}
+_PLACE = {
+    "n": "e * M + m, m < last, c, (C + 31) // 32 * 32",
+    "t": "e * stop + to, to < stop, c, C",
+    "g": "to, to < stop, c, C",
+}
+
+
+def _form(i: int, form: Form, program: pointwise.Program, index: str) -> list[str]:
+    """Lines that make and store one copy."""
+    lines: list[str] = []
+    if form.amax:
+        amax = "group, mask=group < E, other=0.0" if form.way in GROUPED else "e"
+        lines.append(f"amax{i} = tl.load(a{i}_ptr + {amax})")
+    seed = "0, 0, False" if form.draw is None else f"tl.load(seed_ptr), draw{i}, True"
+    if form.way in TRANSFORMED:
+        return [*lines, *_transformed(i, form, program, index, seed)]
+    blocks = f"{form.rows}, {form.size}" if form.way == "n" else f"{form.size}, {form.rows}"
+    tile = f"x[{form.result}]"
+    if form.size == 32:
+        how = f"{fp8.MAX[E4M3]}, {mx.EXPONENT[E4M3]}, {form.how == 'floor'}"
+        made = f"wide_tile.mxfp8({tile}, {how}, {blocks})"
+    else:
+        r = "to[:, None]" if form.way == "g" else "m[:, None]"
+        at = _INDEX[form.way].format(r=r, c="c[None, :]", index=index)
+        made = f"wide_tile.nvfp4({tile}, amax{i}, {at}, {seed}, {blocks})"
+        if form.way == "g":
+            made = f"tl.where((to < full)[:, None], {made}, 0.0)"
+    store = f"wide_tile.store(w{i}_ptr, {{}}, {_PLACE[form.way]}, EVEN)"
+    if form.way == "g":
+        zeros = "tl.zeros([BM, BC], tl.float32)"
+        lines += [
+            "if group < E:",
+            f"    {store.format(made)}",
+            "else:",
+            f"    {store.format(zeros)}",
+        ]
+        return lines
+    return [*lines, store.format(made)]
+
+
+def _transformed(
+    i: int, form: Form, program: pointwise.Program, index: str, seed: str
+) -> list[str]:
+    """Lines that make and store a copy after the Hadamard transform, run by run."""
+    tile = _produce(program, "top + tl.arange(0, BM // 16) * 16 + k", "real")
+    at = _INDEX[form.way].format(r="to_run[:, None]", c="c[None, :]", index=index)
+    return [
+        f"rows{i} = ()",
+        "for k in tl.static_range(16):",
+        f"    rows{i} = rows{i} + ({tile}[{form.result}],)",
+        f"rows{i} = hadamard.transformed(rows{i}, {hadamard.SIGNS})",
+        "to_run = to_top + tl.arange(0, BM // 16) * 16",
+        f"wide_tile.store_transformed(w{i}_ptr + e * stop * C, rows{i}, amax{i}, {at}, {seed}, "
+        "to_run, full, stop, c, C, EVEN)",
+    ]
+
+
+def _produce(program: pointwise.Program, m: str, last: str) -> str:
+    return f"produce({', '.join(fused_source._pointers(program))}, {m}, c, {last}, C)"
