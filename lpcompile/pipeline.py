@@ -32,6 +32,7 @@ from lpcompile.options import Options, Rule
 from lpcompile.passes import (
     addend,
     deduplicate,
+    emulate,
     expert_loop,
     fuse,
     fuse_columns,
@@ -151,6 +152,7 @@ class JointPass(CustomGraphPass):
 AFTER_THE_CUT: list[tuple[str, Callable[[fx.Graph], int]]] = [
     ("fuse_columns", fuse_columns.run),  # of what is left to this graph, before it is paired
     ("fuse", fuse.run),
+    ("emulate", emulate.run),  # before fuse_micro, which fuses the dequantizes that it makes
     ("fuse_micro", fuse_micro.run),
     ("schedule", schedule.run),  # it orders what the others made
     ("addend", addend.run),  # last: the GEMM that then comes last can add what the other made

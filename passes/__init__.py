@@ -3,6 +3,7 @@
 from lpcompile.passes import (
     addend,
     deduplicate,
+    emulate,
     expert_loop,
     fuse,
     fuse_columns,
@@ -16,6 +17,7 @@ from lpcompile.passes import (
 __all__ = [
     "addend",
     "deduplicate",
+    "emulate",
     "expert_loop",
     "fuse",
     "fuse_columns",

@@ -39,7 +39,7 @@ def run(graph: fx.Graph) -> int:
 def _takes(product: fx.Node, term: fx.Node, total: fx.Node) -> bool:
     """Whether a product can be made with the term in it, in place of the sum."""
     return (
-        product.target is ops.scaled_grouped_mm.op
+        product.target in (ops.scaled_grouped_mm.op, ops.wide_grouped_mm.op)
         and set(product.users) == {total}
         and term is not product
         and "addend" not in product.kwargs

@@ -26,6 +26,7 @@ from lpcompile.liveness import is_cheap
 from lpcompile.ops import pointwise
 from lpcompile.ops.define import PRODUCTS
 
+CASTS = (ops.fused_cast.op, ops.fused_cast_micro.op, ops.fused_wide_micro.op)
 # How AOTAutograd names the inputs that the caller holds: Inductor knows them so too.
 CALLERS = ("primals_", "tangents_")
 
@@ -43,7 +44,7 @@ def run(graph: fx.Graph) -> int:
 def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
     """The casts of one graph that read a large input together, in graph order."""
     group_of: dict[fx.Node, list[fx.Node]] = {}  # by input
-    for cast in calls(graph, (ops.fused_cast.op, ops.fused_cast_micro.op)):
+    for cast in calls(graph, CASTS):
         alike = {id(g): g for i in _inputs(cast) if (g := group_of.get(i)) is not None}
         group = [*(other for g in alike.values() for other in g), cast]
         group_of |= {i: group for member in group for i in _inputs(member)}

@@ -14,6 +14,11 @@ from lpcompile.ops.define import per_column
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EAGER = {"rewrite": "all", "codegen": "eager"}
 close = per_column(0.02)
+MICRO = [
+    n
+    for n, r in lpcompile.recipes.RECIPES.items()
+    if r.dgrad is not None and r.dgrad.lhs.fmt.swizzled
+]
 
 
 class FFN(nn.Module):
@@ -27,6 +32,21 @@ class FFN(nn.Module):
     def forward(self, x):
         h = self.norm(x)
         return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
+
+
+class WithExperts(nn.Module):
+    """Experts and a shared one that read the same rows, made by a pointwise op."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Linear(64, 48, bias=False)
+        self.weights = nn.Parameter(torch.randn(3, 48, 64) / 8)
+        self.register_buffer("offs", torch.tensor([30, 30, 71], dtype=torch.int32))
+
+    def forward(self, x):
+        rows = torch.tanh(x).flatten(0, 1)
+        y = F.grouped_mm(rows, self.weights.mT, offs=self.offs)[:71]
+        return y * torch.sigmoid(y) + self.shared(rows)[:71]
 
 
 class OracleLinears(torch.overrides.TorchFunctionMode):

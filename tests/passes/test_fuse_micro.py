@@ -2,31 +2,14 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from oracle import FFN
+from oracle import FFN, MICRO, WithExperts
 
 from lpcompile import ops, pipeline
 from lpcompile.passes import fuse_micro
 from lpcompile.pipeline import observe
 from lpcompile.recipes import RECIPES
 
-MICRO = [n for n, r in RECIPES.items() if r.dgrad is not None and r.dgrad.lhs.fmt.swizzled]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-class WithExperts(torch.nn.Module):
-    """Experts and a shared one that read the same rows, made by a pointwise op."""
-
-    def __init__(self):
-        super().__init__()
-        self.shared = torch.nn.Linear(64, 48, bias=False)
-        self.weights = torch.nn.Parameter(torch.randn(3, 48, 64) / 8)
-        self.register_buffer("offs", torch.tensor([30, 30, 71], dtype=torch.int32))
-
-    def forward(self, x):
-        rows = torch.tanh(x).flatten(0, 1)
-        y = F.grouped_mm(rows, self.weights.mT, offs=self.offs)[:71]
-        return y * torch.sigmoid(y) + self.shared(rows)[:71]
 
 
 def step(recipe, device, monkeypatch, fused, model=FFN):
