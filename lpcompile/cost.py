@@ -2,6 +2,7 @@
 
     bf16     = launch + max(waves * tile time, bytes / bandwidth)
     narrowed = the same at the narrow rate + quantize bytes / bandwidth + a launch a kernel
+    emulated = the same at bf16's rate + the bytes of operands read and written again in bf16
 
 The letters are the linear's in every product: X[M, K], W[N, K], dY[M, N]; in a grouped linear M
 counts the rows of all E groups. Expressions are sympy's, so that they can be printed. Nothing here
@@ -32,6 +33,9 @@ TILE = 128  # rows and columns; cuBLAS takes wider ones where they waste no more
 PIECES = 4  # into which a tile can be cut, or its contraction split, to fill a last wave
 QUANTIZE_SHARE = 0.8  # of copy bandwidth: what `bench kernels` holds every quantize kernel to
 LAUNCH_US = 3.0  # from the end of one kernel to full rate in the next; assumed, not measured
+# Random words per SM and second, of stochastic rounding in software: 66 instructions an element
+# (16384 x 4096 to 131072 x 7168, H200). Blackwell rounds four elements with one word.
+RANDOM_WORDS = 2.3e9
 
 
 class Rate(NamedTuple):
@@ -189,6 +193,11 @@ def is_native(gemm: Gemm, device: Device) -> bool:
     return kind(gemm) in device.rates
 
 
+def is_wide(gemm: Gemm, device: Device) -> bool:
+    """Whether ``passes/emulate.py`` multiplies these formats there, in bf16."""
+    return not is_native(gemm, device) and kind(gemm)[0] in ("mxfp8", "nvfp4")
+
+
 def gain(
     product: Product,
     gemm: Gemm,
@@ -223,13 +232,14 @@ def expression(
     reads: Reads = (None, None),
 ) -> sympy.Expr:
     """Microseconds of a product in the symbols M, N, K, E; a gemm of None is bf16."""
-    total = gemm_expression(product, gemm, device, grouped)
+    wide = gemm is not None and is_wide(gemm, device)
+    total = gemm_expression(product, None if wide else gemm, device, grouped)
     if gemm is not None:
         sides = zip((gemm.lhs, gemm.rhs), _operands(product), readers, reads, strict=True)
         for operand, (elements, transposed), num_readers, num_reads in sides:
             if num_reads is None:
                 num_reads = _num_reads(operand, transposed)
-            total += _quantize_us(operand, elements, num_reads, device) / num_readers
+            total += _quantize_us(operand, elements, num_reads, device, wide) / num_readers
     return total
 
 
@@ -293,11 +303,14 @@ def _num_reads(operand: Operand, transposed: bool) -> int:
 
 
 def _quantize_us(
-    operand: Operand, elements: sympy.Expr, num_reads: int, device: Device
+    operand: Operand, elements: sympy.Expr, num_reads: int, device: Device, wide: bool
 ) -> sympy.Expr:
-    """Narrowing one bf16 operand: a kernel a read, the last of which writes."""
-    moved = elements * (2 * num_reads + operand.fmt.bits / 8)
-    return max(num_reads, 1) * LAUNCH_US + moved / (QUANTIZE_SHARE * device.bandwidth) * 1e6
+    """Narrowing one bf16 operand: a kernel a read, the last of which writes, what ``wide``."""
+    moved = elements * (2 * num_reads + (2 if wide else operand.fmt.bits / 8))
+    us = moved / (QUANTIZE_SHARE * device.bandwidth) * 1e6
+    if wide and operand.rounding == "stochastic":
+        us = sympy.Max(us, elements / (RANDOM_WORDS * device.num_sms) * 1e6)
+    return max(num_reads, 1) * LAUNCH_US + us
 
 
 def _gemm_us(

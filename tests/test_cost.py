@@ -1,6 +1,7 @@
 """The cost model against measurements of one H200, and the decisions that it must make."""
 
 import pytest
+from oracle import to_nearest
 
 from lpcompile import cost
 from lpcompile.errors import OptionError
@@ -136,6 +137,27 @@ def test_the_default_target_is_the_first_that_multiplies_the_formats():
         assert cost.target_for(gemm) is cost.DEVICES["b200"]
         assert cost.gain("fprop", gemm, 16384, 14336, 4096, cost.target_for(gemm)).profitable
         assert not cost.gain("fprop", gemm, 16384, 14336, 4096, cost.H200).profitable
+
+
+def test_emulated_time_is_bf16s_and_that_of_reading_and_writing_each_operand():
+    m, n, k = 16384, 14336, 4096
+    mxfp8 = RECIPES["mxfp8"]
+    estimate = cost.gain("fprop", mxfp8.fprop, m, n, k, cost.H200)
+    us = 4 * (m * k + n * k) / (cost.QUANTIZE_SHARE * cost.H200.bandwidth) * 1e6
+    assert estimate.lowprec_us - estimate.bf16_us == pytest.approx(us + 2 * cost.LAUNCH_US)
+
+
+def test_stochastic_rounding_in_software_takes_as_long_as_its_random_words():
+    m, n, k = 16384, 14336, 4096
+    nearest, stochastic = (
+        cost.gain("dgrad", gemm, m, n, k, cost.H200).lowprec_us
+        for gemm in (to_nearest(RECIPES["nvfp4"]).dgrad, RECIPES["nvfp4"].dgrad)
+    )
+    read = 6 * m * n / (cost.QUANTIZE_SHARE * cost.H200.bandwidth) * 1e6
+    words = m * n / (132 * cost.RANDOM_WORDS) * 1e6
+    assert stochastic - nearest == pytest.approx(words - read)
+    on_blackwell = cost.gain("dgrad", RECIPES["nvfp4"].dgrad, m, n, k, cost.DEVICES["b200"])
+    assert on_blackwell.profitable
 
 
 def test_quantize_traffic_is_what_the_ops_move():

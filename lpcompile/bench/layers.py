@@ -96,7 +96,8 @@ def ratio(part: float | None, whole: float | None) -> float | None:
 def predicted(layer: Layer, recipe: str, bf16_ms: float) -> float | None:
     """The speedup that the cost model expects of a layer that takes bf16_ms; None without a recipe.
 
-    What is not a GEMM, and a GEMM that does not pay, takes as long as before.
+    On the H200, which emulates what pays on another target. What is not a GEMM, and a GEMM that
+    pays on no target, takes as long as before.
     """
     if not recipe:
         return None
@@ -110,17 +111,20 @@ def predicted(layer: Layer, recipe: str, bf16_ms: float) -> float | None:
             gemm = how.gemm(product)
             if gemm is None:
                 continue
-            e = cost.gain(
-                product,
-                gemm,
-                layer.tokens * linear.rows,
-                linear.n,
-                linear.k,
-                cost.target_for(gemm),
-                num_groups=linear.num_groups,
-                readers=readers[product],
+            there, here = (
+                cost.gain(
+                    product,
+                    gemm,
+                    layer.tokens * linear.rows,
+                    linear.n,
+                    linear.k,
+                    device,
+                    num_groups=linear.num_groups,
+                    readers=readers[product],
+                )
+                for device in (cost.target_for(gemm), cost.H200)
             )
-            saved_us += max(0.0, e.bf16_us - e.lowprec_us)
+            saved_us += there.profitable * (here.bf16_us - here.lowprec_us)
     return bf16_ms / max(bf16_ms - saved_us / 1e3, 0.1 * bf16_ms)
 
 
