@@ -5,8 +5,8 @@
     a[M, Tp], b[N, Tp],   offs[E] -> [E, M, N]   the columns of group e of both
 
 Operands are FP8, or bf16, which may lie in memory the other way round, with scales as
-``grouped_gemm`` takes them. In the last form groups begin
-at multiples of ``groups.ALIGN``, so that a step of the contraction is of one group.
+``grouped_gemm`` takes them. In the last form groups begin at multiples of ``groups.ALIGN``, so that
+a step of the contraction is of one group.
 
 The kernel is persistent, and its warps are specialized: one brings tiles to shared memory by TMA,
 as long as buffers are empty; two warpgroups multiply them, each its own part of a tile, so that one
