@@ -1,9 +1,10 @@
 """Order the quantizes of one graph, and the GEMMs that read them, so that less lives at once.
 
-- Tensors that are cast from the same inputs are cast one after another, each before its own GEMMs,
-  in an order that lets go of inputs early. SwiGLU's backward: h, for wgrad; the gradient of gate,
-  after which up is dead; the gradient of up, from gate and dh. A GEMM that makes more than it lets
-  go of (wgrad of a large weight on few tokens) waits until the last is cast.
+- Around tensors that are cast from the same inputs, the order that holds least is searched
+  (``lpcompile.peak``). SwiGLU's backward: whether h, for wgrad, and the gradients of gate and up are
+  cast one after another, each before its own GEMMs, or at once, which lets go of gate, up and the
+  gradient of h; whether dX comes before dW, and x is narrowed for wgrad late. Tensors are cast by
+  one kernel, which reads their inputs once, where the peak is no higher for it.
 - What is quantized from inputs of the graph that are held anyway (weights, above all) is quantized
   right before the first GEMM that reads it: a copy made early is held beside them.
 
@@ -12,38 +13,38 @@ three of its own (``reorder_for_peak_memory``, torch 2.11 to 2.13), none of whic
 """
 
 import operator
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
-import torch
 from torch import fx
-from torch._inductor.pattern_matcher import stable_topological_sort
 
 from lpcompile import ops
 from lpcompile.cones import LARGE
-from lpcompile.graph import TRANSPOSES, VIEWS, base, calls, hint, is_own, value
+from lpcompile.graph import TRANSPOSES, VIEWS, base, call, calls, is_own, shape, value
 from lpcompile.liveness import is_cheap
 from lpcompile.ops import pointwise
 from lpcompile.ops.define import PRODUCTS
+from lpcompile.ops.fused_source import parse_form
+from lpcompile.passes.fuse import MOST_INPUTS, MOST_STATEMENTS
+from lpcompile.peak import CALLERS, Memory, Part
 
-# How AOTAutograd names the inputs that the caller holds: Inductor knows them so too.
-CALLERS = ("primals_", "tangents_")
+CASTS = (ops.fused_cast.op, ops.fused_cast_micro.op)
 
 
 def run(graph: fx.Graph) -> int:
-    """Move what is better made later, and return how many calls were moved."""
+    """Move what is better made later, and return how many calls were moved or joined."""
     count = 0
     for casts in _groups(graph):
-        count += sum(_put_after(*pair, casts) for pair in pairwise(_order(casts)))
-    if count:
-        stable_topological_sort(graph)
+        count += _order(graph, casts)
     return count + _sink(graph)
 
 
 def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
     """The casts of one graph that read a large input together, in graph order."""
     group_of: dict[fx.Node, list[fx.Node]] = {}  # by input
-    for cast in calls(graph, (ops.fused_cast.op, ops.fused_cast_micro.op)):
+    for cast in calls(graph, CASTS):
         alike = {id(g): g for i in _inputs(cast) if (g := group_of.get(i)) is not None}
         group = [*(other for g in alike.values() for other in g), cast]
         group_of |= {i: group for member in group for i in _inputs(member)}
@@ -58,50 +59,108 @@ def _inputs(cast: fx.Node) -> set[fx.Node]:
     return {base(i) for i, kind in zip(args[0], kinds, strict=True) if kind in LARGE}
 
 
-def _order(casts: list[fx.Node]) -> list[fx.Node]:
-    """The casts and what reads them, in the order in which they are to run."""
-    left = list(casts)
-    order: list[fx.Node] = []
-    late: list[fx.Node] = []
-    while left:
-        # The one that the most inputs die with; among equals the first.
-        needed = {c: {i for other in left if other is not c for i in _inputs(other)} for c in left}
-        cast = max(left, key=lambda c: len(_inputs(c) - needed[c]))
-        left.remove(cast)
-        order.append(cast)
-        for reader in sorted({u for item in cast.users for u in item.users if u.op != "output"}):
-            (late if _grows(reader) else order).append(reader)
-    return [*order, *(reader for reader in late if reader not in order)]
-
-
-def _grows(node: fx.Node) -> bool:
-    """Whether a call makes more bytes than are dead after it."""
-    freed = sum(_num_bytes(i) for i in node.all_input_nodes if set(i.users) == {node})
-    return _num_bytes(node) > freed
-
-
-def _num_bytes(node: fx.Node) -> int:
-    made = node.meta.get("val")
-    if not isinstance(made, torch.Tensor) or node.op == "placeholder":
+def _order(graph: fx.Graph, casts: list[fx.Node]) -> int:
+    """Put a part of the graph into its best order, and join casts; how many calls that changed."""
+    everything = list(graph.nodes)
+    first, end = _range(everything, casts)
+    memory = Memory(graph)
+    lives = memory.lives(everything)
+    part = Part(memory, everything[first:end], list(_joins(casts)))
+    live = memory.held(set(everything[:first]))
+    floor = max(lives[:first] + lives[end:], default=0)
+    steps = part.order(live, floor)
+    if steps is None:
         return 0
-    return (hint(made.numel()) or 0) * made.element_size()
+    order = part.nodes_in(steps)
+    at = everything[first - 1]
+    for node in order:
+        at.append(node)
+        at = node
+    joined = [step.calls for step in steps if len(step.calls) > 1]
+    for together in joined:
+        _join(graph, together)
+    return sum(a is not b for a, b in zip(order, part.nodes, strict=True))
 
 
-def _put_after(first: fx.Node, then: fx.Node, casts: list[fx.Node]) -> int:
-    """Move a call behind another, with what else is quantized for it alone, if it is before it."""
-    if not then < first:
-        return 0
-    moved, stack = {then}, [then]
-    while stack:
-        for i in stack.pop().all_input_nodes:
-            for_it = _is_light(i) and i not in casts and all(u in moved for u in i.users)
-            if for_it and i not in moved:
-                moved.add(i)
-                stack.append(i)
-    early = sorted(node for node in moved if node < first)
-    for node in reversed(early):
-        first.append(node)
-    return len(early)
+def _range(nodes: list[fx.Node], casts: list[fx.Node]) -> tuple[int, int]:
+    """Which nodes there is something to gain from: up to the GEMMs that read the casts.
+
+    From the first cast, or the casts that the GEMM reads which makes an input of theirs.
+    """
+    at = {node: i for i, node in enumerate(nodes)}
+    makers = {i for cast in casts for i in _inputs(cast) if i.target in PRODUCTS}
+    read = {i.args[0] for maker in makers for i in maker.all_input_nodes if _is_item(i)}
+    first = min(at[node] for node in [*casts, *(r for r in read if r in at)])  # type: ignore[index]
+    end = 1 + max(at[u] for cast in casts for item in cast.users for u in item.users if _runs(u))
+    while nodes[end].op == "call_function" and (_is_item(nodes[end]) or is_cheap(nodes[end])):
+        end += 1
+    return first, end
+
+
+def _is_item(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def _runs(node: fx.Node) -> bool:
+    return node.op != "output"
+
+
+def _joins(casts: list[fx.Node]) -> Iterator[tuple[fx.Node, ...]]:
+    """Casts that one kernel can make: of matrices of one shape, in the same groups of rows."""
+    for size in range(2, len(casts) + 1):
+        for some in combinations(casts, size):
+            if all(c.target is ops.fused_cast.op for c in some):
+                program, _ = _program(some)
+                small = len(program.kinds) <= MOST_INPUTS
+                small = small and len(program.statements) <= MOST_STATEMENTS
+                if small and len({_whole(c) for c in some}) == 1:
+                    yield some
+
+
+def _whole(cast: fx.Node) -> tuple[Any, ...]:
+    """The shape that a cast's program computes in, and what says where groups of rows end."""
+    inputs, _, program, _, *offs = cast.args
+    full = inputs[pointwise.parse(program).large]  # type: ignore[index, arg-type]
+    return (*shape(full), *offs)  # type: ignore[arg-type]
+
+
+def _program(casts: Sequence[fx.Node]) -> tuple[pointwise.Program, list[fx.Node]]:
+    """The program of all casts and its inputs, of which views of one tensor are one."""
+    first: dict[str, fx.Node] = {}
+    parts = []
+    for cast in casts:
+        inputs, _, program, *_ = cast.args
+        same = [
+            first.setdefault(f"{i.target} {i.args}" if i.target in VIEWS else i.name, i)  # type: ignore[union-attr]
+            for i in inputs  # type: ignore[union-attr]
+        ]
+        parts.append((pointwise.parse(program), same))  # type: ignore[arg-type]
+    return pointwise.join(parts)
+
+
+def _join(graph: fx.Graph, casts: Sequence[fx.Node]) -> None:
+    """One cast for casts that lie side by side."""
+    program, inputs = _program(casts)
+    forms: list[str] = []
+    amaxes: list[fx.Node] = []
+    results = 0
+    for cast in casts:
+        _, read, one, wanted, *offs = cast.args
+        for form in map(parse_form, wanted):  # type: ignore[arg-type]
+            forms.append(replace(form, result=form.result + results).text)
+        amaxes += read  # type: ignore[arg-type]
+        results += len(pointwise.parse(one).results)  # type: ignore[arg-type]
+    fake_mode: Any = value(inputs[0]).fake_mode  # type: ignore[attr-defined]
+    args = (inputs, amaxes, program.text(), forms, *offs)
+    with graph.inserting_after(max(casts)):
+        made = call(graph, fake_mode, ops.fused_cast.op, *args)
+    count = 0
+    for cast in casts:
+        for item in list(cast.users):
+            item.args = (made, item.args[1] + count)  # type: ignore[operator]
+            made.append(item)
+        count += len(value(cast))
+        graph.erase_node(cast)
 
 
 def _sink(graph: fx.Graph) -> int:

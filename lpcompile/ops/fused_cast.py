@@ -52,7 +52,7 @@ class Tile(NamedTuple):
     align: int = groups.ALIGN  # of groups along x.T
 
 
-SCALED = Tile(64, 64, 4, 256)
+SCALED, COMPUTED = Tile(64, 64, 4, 256), Tile(32, 64, 2, 512, 2)  # of one tensor, of a program
 SQUARE = Tile(128, 128, 8, 128)
 ROWS, COLUMNS = Tile(32, 128, 4, 128), Tile(128, 32, 4, 128)
 
@@ -138,7 +138,7 @@ def launch(
     made_of = [[next(rest) for _ in range(num_outputs(form))] for form in parsed]
     encode = _scales(forms, amaxes, made_of)
     whole = pointwise.arguments(named, inputs)
-    for tile, mine in _kernels(parsed):
+    for tile, mine in _kernels(parsed, COMPUTED if named.statements else SCALED):
         BM, BC, warps, columns, stages, align = tile
         read = [e for i in mine if (e := encode[i]) is not None]
         written: list[Tensor] = []
@@ -192,7 +192,7 @@ def _straddles(forms: list[Form], program: pointwise.Program, columns: int) -> b
     )
 
 
-def _kernels(forms: list[Form]) -> Iterator[tuple[Tile, list[int]]]:
+def _kernels(forms: list[Form], scaled: Tile) -> Iterator[tuple[Tile, list[int]]]:
     """The kernels that make the forms, and which of them each makes; groups in none with x.T whole.
 
     Blocks of both ways would share a tile of 128x128, which spills: 1.9 ms for SwiGLU's five copies
@@ -206,7 +206,7 @@ def _kernels(forms: list[Form]) -> Iterator[tuple[Tile, list[int]]]:
         elif form.kind == "block":
             tile = ROWS if form.way == "n" else COLUMNS
         else:
-            tile = SCALED
+            tile = scaled
         tiles.setdefault((tile, ragged and form.way == "t"), []).append(i)
     for (tile, _), mine in tiles.items():
         yield tile, mine

@@ -161,7 +161,7 @@ def _module(
 ) -> str:
     doc = '"""' + program + "\n\n" + "\n".join(wanted) + '\n"""'
     imports = "import triton\nimport triton.language as tl\n\n"
-    imports += "from lpcompile.ops import fp8, hadamard, micro_tile, turned"
+    imports += "from lpcompile.ops import fp8, hadamard, micro_tile, pointwise, turned"
     tiles = (fused_source._live(f"f_{r}", even) for r in named.results)
     results = "".join(f"({tile}).to(tl.bfloat16), " for tile in tiles)
     tile = [*fused_source._tile(named, even, True), f"return ({results})"]

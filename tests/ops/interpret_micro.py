@@ -6,11 +6,12 @@ conversions in place of the interpreter's, which are wrong (triton 3.6 and 3.7).
 
 import numpy as np
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
 from lpcompile import ops
-from lpcompile.ops import amax_group, blocks, fp8, fused_amax, hadamard
+from lpcompile.ops import amax_group, blocks, fp8, fused_amax, hadamard, pointwise
 
 convert = interpreter._convert_float
 BY_TORCH = {tl.float8e4nv: torch.float8_e4m3fn, tl.bfloat16: torch.bfloat16}
@@ -29,6 +30,13 @@ def rounded_by_torch(x, input_dtype, output_dtype, rounding_mode):
     return narrow.view(getattr(torch, f"uint{8 * narrow.element_size()}")).numpy()
 
 
+@triton.jit
+def rounded(x):
+    """The interpreter has no inline assembly."""
+    return x.to(tl.bfloat16).to(tl.float32)
+
+
+pointwise.rounded = rounded
 TIES = ops.quantize_nvfp4_grouped_t.samples("cpu")[:2]
 
 
