@@ -47,7 +47,7 @@ class Memory:
                     self.readers[buffer].add(node)
             if node not in fused and _is_buffer(node):
                 maker = node.args[0] if node.target is operator.getitem else node
-                self.made[maker].append(node)  # type: ignore[index]
+                self.made[maker].append(node)
                 self.size[node] = num_bytes(node)
 
     def is_call(self, node: fx.Node) -> bool:
@@ -93,6 +93,19 @@ def num_bytes(node: fx.Node) -> int:
 def _is_alias(node: fx.Node) -> bool:
     is_call = node.op == "call_function"
     return is_call and (node.target in ALIASES or node.target is operator.getitem)
+
+
+def _is_fixed(node: fx.Node) -> bool:
+    """Whether a node stays between those before and those after it.
+
+    Collectives, which all ranks must meet in one order, random numbers, what writes to an argument
+    and what is not known.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return getattr(node.target, "__module__", "") != "_operator"
+    known = node.target.namespace in ("aten", "prims", "lpcompile")
+    random = torch.Tag.nondeterministic_seeded in node.target.tags
+    return not known or random or node.target._schema.is_mutable
 
 
 def _is_fused(node: fx.Node) -> bool:
@@ -189,8 +202,11 @@ class Part:
     def _precedence(self) -> dict[fx.Node, int]:
         """What each node needs, through what is no call."""
         needs: dict[fx.Node, int] = {}
+        so_far = fixed = 0
         for node in self.nodes:
-            needs[node] = 0
+            needs[node] = so_far if _is_fixed(node) else fixed
+            so_far |= 1 << self.index[node] if node in self.index else 0
+            fixed = so_far if _is_fixed(node) else fixed
             for i in node.all_input_nodes:
                 needs[node] |= 1 << self.index[i] if i in self.index else needs.get(i, 0)
         for node, puller in reversed(self.pulled.items()):
@@ -241,7 +257,8 @@ def _pulled(memory: Memory, nodes: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
             read = memory.reads[node] & memory.size.keys()
             if all((b.args[0] if _is_alias(b) else b) in light for b in read):
                 light.add(node)
-    inside, pulled = set(nodes), {}
+    inside = set(nodes)
+    pulled: dict[fx.Node, fx.Node] = {}
     for node in reversed(nodes):
         if node in light:
             readers = {r for b in memory.made[node] for r in memory.readers[b]}

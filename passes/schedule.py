@@ -1,10 +1,10 @@
 """Order the quantizes of one graph, and the GEMMs that read them, so that less lives at once.
 
 - Around tensors that are cast from the same inputs, the order that holds least is searched
-  (``lpcompile.peak``). SwiGLU's backward: whether h, for wgrad, and the gradients of gate and up are
-  cast one after another, each before its own GEMMs, or at once, which lets go of gate, up and the
-  gradient of h; whether dX comes before dW, and x is narrowed for wgrad late. Tensors are cast by
-  one kernel, which reads their inputs once, where the peak is no higher for it.
+  (``lpcompile.peak``). SwiGLU's backward: whether h, for wgrad, and the gradients of gate and up
+  are cast one after another, each before its own GEMMs, or at once, which lets go of gate, up and
+  the gradient of h; whether dX comes before dW, and when x is narrowed for wgrad. One kernel casts
+  several, and reads their inputs once, where the peak is no higher for it.
 - What is quantized from inputs of the graph that are held anyway (weights, above all) is quantized
   right before the first GEMM that reads it: a copy made early is held beside them.
 
@@ -15,7 +15,7 @@ three of its own (``reorder_for_peak_memory``, torch 2.11 to 2.13), none of whic
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import pairwise
 from typing import Any
 
 from torch import fx
@@ -72,13 +72,11 @@ def _order(graph: fx.Graph, casts: list[fx.Node]) -> int:
     if steps is None:
         return 0
     order = part.nodes_in(steps)
-    at = everything[first - 1]
-    for node in order:
+    for at, node in pairwise([everything[first - 1], *order]):
         at.append(node)
-        at = node
-    joined = [step.calls for step in steps if len(step.calls) > 1]
-    for together in joined:
-        _join(graph, together)
+    for step in steps:
+        if len(step.calls) > 1:
+            _join(graph, step.calls)
     return sum(a is not b for a, b in zip(order, part.nodes, strict=True))
 
 
@@ -90,8 +88,9 @@ def _range(nodes: list[fx.Node], casts: list[fx.Node]) -> tuple[int, int]:
     at = {node: i for i, node in enumerate(nodes)}
     makers = {i for cast in casts for i in _inputs(cast) if i.target in PRODUCTS}
     read = {i.args[0] for maker in makers for i in maker.all_input_nodes if _is_item(i)}
-    first = min(at[node] for node in [*casts, *(r for r in read if r in at)])  # type: ignore[index]
-    end = 1 + max(at[u] for cast in casts for item in cast.users for u in item.users if _runs(u))
+    first = min(at[node] for node in [*casts, *read])  # type: ignore[index]
+    readers = {u for cast in casts for item in cast.users for u in item.users if u.op != "output"}
+    end = 1 + max(at[node] for node in [*casts, *readers])
     while nodes[end].op == "call_function" and (_is_item(nodes[end]) or is_cheap(nodes[end])):
         end += 1
     return first, end
@@ -101,40 +100,39 @@ def _is_item(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 
 
-def _runs(node: fx.Node) -> bool:
-    return node.op != "output"
-
-
 def _joins(casts: list[fx.Node]) -> Iterator[tuple[fx.Node, ...]]:
-    """Casts that one kernel can make: of matrices of one shape, in the same groups of rows."""
-    for size in range(2, len(casts) + 1):
-        for some in combinations(casts, size):
-            if all(c.target is ops.fused_cast.op for c in some):
-                program, _ = _program(some)
-                small = len(program.kinds) <= MOST_INPUTS
-                small = small and len(program.statements) <= MOST_STATEMENTS
-                if small and len({_whole(c) for c in some}) == 1:
-                    yield some
+    """Casts that one kernel can make, two and more."""
+    alone = [(cast,) for cast in casts if cast.target is ops.fused_cast.op]
+    some: list[tuple[fx.Node, ...]] = list(alone)
+    while some:
+        some = [(*c, other) for c in some for (other,) in alone if c[-1] < other]
+        some = [c for c in some if _fits(c)]
+        yield from some
+
+
+def _fits(casts: Sequence[fx.Node]) -> bool:
+    """Whether casts are of matrices of one shape, in the same groups of rows, by a program."""
+    program, inputs = _program(casts)
+    small = len(inputs) <= MOST_INPUTS and len(program.statements) <= MOST_STATEMENTS
+    return small and len({_whole(c) for c in casts}) == 1
 
 
 def _whole(cast: fx.Node) -> tuple[Any, ...]:
     """The shape that a cast's program computes in, and what says where groups of rows end."""
-    inputs, _, program, _, *offs = cast.args
-    full = inputs[pointwise.parse(program).large]  # type: ignore[index, arg-type]
-    return (*shape(full), *offs)  # type: ignore[arg-type]
+    args: Any = cast.args
+    return (*shape(args[0][pointwise.parse(args[2]).large]), *args[4:])
 
 
 def _program(casts: Sequence[fx.Node]) -> tuple[pointwise.Program, list[fx.Node]]:
     """The program of all casts and its inputs, of which views of one tensor are one."""
-    first: dict[str, fx.Node] = {}
+    views: dict[str, fx.Node] = {}
     parts = []
     for cast in casts:
-        inputs, _, program, *_ = cast.args
-        same = [
-            first.setdefault(f"{i.target} {i.args}" if i.target in VIEWS else i.name, i)  # type: ignore[union-attr]
-            for i in inputs  # type: ignore[union-attr]
+        args: Any = cast.args
+        inputs = [
+            views.setdefault(f"{i.target} {i.args}", i) if i.target in VIEWS else i for i in args[0]
         ]
-        parts.append((pointwise.parse(program), same))  # type: ignore[arg-type]
+        parts.append((pointwise.parse(args[2]), inputs))
     return pointwise.join(parts)
 
 
@@ -145,19 +143,20 @@ def _join(graph: fx.Graph, casts: Sequence[fx.Node]) -> None:
     amaxes: list[fx.Node] = []
     results = 0
     for cast in casts:
-        _, read, one, wanted, *offs = cast.args
-        for form in map(parse_form, wanted):  # type: ignore[arg-type]
+        args: Any = cast.args
+        for form in map(parse_form, args[3]):
             forms.append(replace(form, result=form.result + results).text)
-        amaxes += read  # type: ignore[arg-type]
-        results += len(pointwise.parse(one).results)  # type: ignore[arg-type]
+        amaxes += args[1]
+        results += len(pointwise.parse(args[2]).results)
     fake_mode: Any = value(inputs[0]).fake_mode  # type: ignore[attr-defined]
-    args = (inputs, amaxes, program.text(), forms, *offs)
+    given = (inputs, amaxes, program.text(), forms, *casts[0].args[4:])
     with graph.inserting_after(max(casts)):
-        made = call(graph, fake_mode, ops.fused_cast.op, *args)
+        made = call(graph, fake_mode, ops.fused_cast.op, *given)
     count = 0
     for cast in casts:
         for item in list(cast.users):
-            item.args = (made, item.args[1] + count)  # type: ignore[operator]
+            item.update_arg(1, item.args[1] + count)  # type: ignore[operator]
+            item.update_arg(0, made)
             made.append(item)
         count += len(value(cast))
         graph.erase_node(cast)
