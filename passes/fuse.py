@@ -307,7 +307,8 @@ def _given(request: Request) -> bool:
 def _replace(graph: fx.Graph, group: Group) -> None:
     """One op for every amax of the group, and for each result one for its copies, where they were.
 
-    One for all copies would read the inputs once, and hold all of them from then on.
+    One for all copies would read the inputs once, and hold all of them from then on: ``schedule``
+    joins them where there is room for it.
     """
     fake_mode: Any = value(group.requests[0].x).fake_mode  # type: ignore[attr-defined]
     make = partial(call, graph, fake_mode)

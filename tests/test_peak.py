@@ -5,13 +5,16 @@ import random
 
 import pytest
 import torch
+from torch import fx
 from torch._functorch import config as functorch_config
+from torch._subclasses import FakeTensorMode
 
 from lpcompile import peak, pipeline
 from lpcompile.bench.models import EXPERTS, built, experts_layer
 from lpcompile.explain import trace
+from lpcompile.graph import aten, call
 from lpcompile.options import parse
-from lpcompile.peak import Memory, Step
+from lpcompile.peak import Memory, Part, Step
 
 GIB = 2**30
 # What an H200 holds in bf16 at the peak, beside weights and dY (torch 2.11, `bench experts`).
@@ -41,6 +44,57 @@ def backward_of(monkeypatch, name, recipe):
 def test_experts_hold_no_more_than_in_bf16(monkeypatch, name):
     backward = backward_of(monkeypatch, name, "fp8_rowwise")
     assert max(Memory(backward).lives(list(backward.nodes))) / GIB < BF16[name] + 0.005
+
+
+def traced(*calls):
+    """A graph of calls; an argument that is a string names what was made, "saved" a [64, 64] one."""
+    graph, mode, made = fx.Graph(), FakeTensorMode(), {}
+    made["saved"] = graph.placeholder("saved")
+    with mode:
+        made["saved"].meta["val"] = torch.empty(64, 64)
+    for name, target, *args in calls:
+        made[name] = call(
+            graph, mode, target, *(made[a] if isinstance(a, str) and a in made else a for a in args)
+        )
+    graph.output(made[name])
+    return graph, made
+
+
+BYTES = 64 * 64 * 4
+CHAIN = (
+    ("a", aten.mm.default, "saved", "saved"),
+    ("view", aten.view.default, "a", [64 * 64]),
+    ("square", aten.mul.Tensor, "view", "view"),
+    ("exp", aten.exp.default, "square"),
+    ("b", aten.mm.default, "saved", "saved"),
+    ("back", aten.view.default, "exp", [64, 64]),
+    ("c", aten.mm.default, "b", "back"),
+)
+
+
+def test_what_is_fused_takes_no_memory_and_what_overwrites_its_input_none_of_its_own():
+    graph, made = traced(*CHAIN)
+    lives = dict(zip(graph.nodes, Memory(graph).lives(list(graph.nodes)), strict=True))
+    # "square" is never written; "exp" is, over "a".
+    expected = {"saved": 1, "a": 2, "square": 2, "exp": 2, "b": 3, "c": 3}
+    assert {name: lives[made[name]] / BYTES for name in expected} == expected
+
+
+@pytest.mark.parametrize("between", ["a collective", "a random number", "neither"])
+def test_what_all_ranks_must_meet_in_one_order_stays_where_it_is(between):
+    target, args = {
+        "a collective": (torch.ops._c10d_functional.all_reduce.default, ("a", "sum", "0")),
+        "a random number": (aten.rand_like.default, ("a",)),
+        "neither": (aten.cumsum.default, ("a", 0)),
+    }[between]
+    b = ("b", aten.mm.default, "saved", "saved")
+    graph, made = traced(
+        CHAIN[0], b, ("r", target, *args), ("c", aten.mm.default, "saved", "saved")
+    )
+    nodes = [made[name] for name in "abrc"]
+    a, b, r, c = Part(Memory(graph), nodes, []).single
+    assert r.needs == a.bits | (0 if between == "neither" else b.bits)
+    assert c.needs == (0 if between == "neither" else a.bits | b.bits | r.bits)
 
 
 def replayed(order, dies, live):

@@ -10,8 +10,8 @@ bf16 tensors.
 
 Division is Triton's own, two last places off at most, as it is in what Inductor generates. exp and
 sigmoid are the hardware's without the instructions around it that serve results below 2^-126: those
-are 0. Half of what a kernel of SwiGLU's gradients had to issue was such: 45 instructions an element
-where the memory has time for 40 (H200).
+are 0. The gradient of SwiGLU's gate is cast both ways in 0.315 ms so, and in 0.36 with them (98304
+x 1408 in 64 groups, one H200).
 
 One text serves the torch reference (``run``) and the Triton kernel (``to_triton``).
 """
