@@ -47,7 +47,7 @@ def test_experts_hold_no_more_than_in_bf16(monkeypatch, name):
 
 
 def traced(*calls):
-    """A graph of calls; an argument that is a string names what was made, "saved" a [64, 64] one."""
+    """A graph of calls, whose arguments go by name; "saved" is a [64, 64] one."""
     graph, mode, made = fx.Graph(), FakeTensorMode(), {}
     made["saved"] = graph.placeholder("saved")
     with mode:
