@@ -112,8 +112,9 @@ def _joins(casts: list[fx.Node]) -> Iterator[tuple[fx.Node, ...]]:
 
 def _fits(casts: Sequence[fx.Node]) -> bool:
     """Whether casts are of matrices of one shape, in the same groups of rows, by a program."""
-    program, inputs = _program(casts)
-    small = len(inputs) <= MOST_INPUTS and len(program.statements) <= MOST_STATEMENTS
+    program, _ = _program(casts)
+    large = sum(kind in LARGE for kind in program.kinds)
+    small = large <= MOST_INPUTS and len(program.statements) <= MOST_STATEMENTS
     return small and len({_whole(c) for c in casts}) == 1
 
 
