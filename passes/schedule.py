@@ -16,7 +16,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -24,13 +24,14 @@ from lpcompile import ops
 from lpcompile.cones import LARGE
 from lpcompile.graph import TRANSPOSES, VIEWS, base, call, calls, is_own, shape, value
 from lpcompile.liveness import is_cheap
-from lpcompile.ops import pointwise
+from lpcompile.ops import fused_amax, pointwise
 from lpcompile.ops.define import PRODUCTS
-from lpcompile.ops.fused_source import parse_form
+from lpcompile.ops.fused_source import along, parse_form
 from lpcompile.passes.fuse import MOST_INPUTS, MOST_STATEMENTS
 from lpcompile.peak import CALLERS, Memory, Part
 
 CASTS = (ops.fused_cast.op, ops.fused_cast_micro.op)
+JOINED: dict[Any, int] = {ops.fused_cast.op: 4, ops.fused_amax.op: 3}  # arguments before offs
 
 
 def run(graph: fx.Graph) -> int:
@@ -60,37 +61,46 @@ def _inputs(cast: fx.Node) -> set[fx.Node]:
 
 
 def _order(graph: fx.Graph, casts: list[fx.Node]) -> int:
-    """Put a part of the graph into its best order, and join casts; how many calls that changed."""
+    """Put a part of the graph into its best order, and join calls; how many that changed."""
+    amaxes = sorted({a for cast in casts for a in _amaxes(cast)})
+    joins = [*_joins(casts), *_joins(amaxes)]
     everything = list(graph.nodes)
-    first, end = _range(everything, casts)
+    first, end = _range(everything, [*casts, *amaxes])
     memory = Memory(graph)
     lives = memory.lives(everything)
-    part = Part(memory, everything[first:end], list(_joins(casts)))
-    live = memory.held(set(everything[:first]))
+    part = Part(memory, everything[first:end], joins)
     floor = max(lives[:first] + lives[end:], default=0)
-    steps = part.order(live, floor)
-    if steps is None:
-        return 0
-    order = part.nodes_in(steps)
-    for at, node in pairwise([everything[first - 1], *order]):
-        at.append(node)
-    for step in steps:
-        if len(step.calls) > 1:
-            _join(graph, step.calls)
-    return sum(a is not b for a, b in zip(order, part.nodes, strict=True))
+    steps = part.order(memory.held(set(everything[:first])), floor)
+    if steps is None:  # as they were, in as few reads as they were before
+        together = [join for join in joins if set(join) == set(amaxes)]
+        order = part.nodes
+    else:
+        together = [step.calls for step in steps if len(step.calls) > 1]
+        order = part.nodes_in(steps)
+        for at, node in pairwise([everything[first - 1], *order]):
+            at.append(node)
+    for join in together:
+        _join(graph, join)
+    return sum(a is not b for a, b in zip(order, part.nodes, strict=True)) + len(together)
 
 
-def _range(nodes: list[fx.Node], casts: list[fx.Node]) -> tuple[int, int]:
-    """Which nodes there is something to gain from: up to the GEMMs that read the casts.
+def _amaxes(cast: fx.Node) -> list[fx.Node]:
+    """The calls that make the amaxes that a cast reads, from what it casts."""
+    made = [i.args[0] for i in cast.all_input_nodes if i.target is operator.getitem]
+    return [a for a in made if isinstance(a, fx.Node) and a.target is ops.fused_amax.op]
 
-    From the first cast, or the casts that the GEMM reads which makes an input of theirs.
+
+def _range(nodes: list[fx.Node], calls: list[fx.Node]) -> tuple[int, int]:
+    """Which nodes there is something to gain from: up to the GEMMs that read the calls.
+
+    From the first of them, or the casts that the GEMM reads which makes an input of theirs.
     """
     at = {node: i for i, node in enumerate(nodes)}
-    makers = {i for cast in casts for i in _inputs(cast) if i.target in PRODUCTS}
+    makers = {base(i) for c in calls for i in c.all_input_nodes if base(i).target in PRODUCTS}
     read = {i.args[0] for maker in makers for i in maker.all_input_nodes if _is_item(i)}
-    first = min(at[node] for node in [*casts, *read])  # type: ignore[index]
-    readers = {u for cast in casts for item in cast.users for u in item.users if u.op != "output"}
-    end = 1 + max(at[node] for node in [*casts, *readers])
+    first = min(at[node] for node in [*calls, *read])  # type: ignore[index]
+    readers = {u for call in calls for item in call.users for u in item.users if u.op != "output"}
+    end = 1 + max(at[node] for node in [*calls, *readers])
     while nodes[end].op == "call_function" and (_is_item(nodes[end]) or is_cheap(nodes[end])):
         end += 1
     return first, end
@@ -100,9 +110,9 @@ def _is_item(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 
 
-def _joins(casts: list[fx.Node]) -> Iterator[tuple[fx.Node, ...]]:
-    """Casts that one kernel can make, two and more."""
-    alone = [(cast,) for cast in casts if cast.target is ops.fused_cast.op]
+def _joins(calls: list[fx.Node]) -> Iterator[tuple[fx.Node, ...]]:
+    """Casts, or calls that take amaxes, that one kernel can make: two and more."""
+    alone = [(call,) for call in calls if call.target in JOINED]
     some: list[tuple[fx.Node, ...]] = list(alone)
     while some:
         some = [(*c, other) for c in some for (other,) in alone if c[-1] < other]
@@ -110,57 +120,81 @@ def _joins(casts: list[fx.Node]) -> Iterator[tuple[fx.Node, ...]]:
         yield from some
 
 
-def _fits(casts: Sequence[fx.Node]) -> bool:
-    """Whether casts are of matrices of one shape, in the same groups of rows, by a program."""
-    program, _ = _program(casts)
+def _fits(calls: Sequence[fx.Node]) -> bool:
+    """Whether calls are of matrices of one shape, in the same groups of rows, by a program."""
+    program, _ = _program(calls)
     large = sum(kind in LARGE for kind in program.kinds)
     small = large <= MOST_INPUTS and len(program.statements) <= MOST_STATEMENTS
-    return small and len({_whole(c) for c in casts}) == 1
+    return small and len({_whole(c) for c in calls}) == 1
 
 
-def _whole(cast: fx.Node) -> tuple[Any, ...]:
-    """The shape that a cast's program computes in, and what says where groups of rows end."""
-    args: Any = cast.args
-    return (*shape(args[0][pointwise.parse(args[2]).large]), *args[4:])
+class Arguments(NamedTuple):
+    """Of a call of ``fused_cast``, or of ``fused_amax``, which reads no amaxes."""
+
+    inputs: list[fx.Node]
+    amaxes: list[fx.Node]
+    program: pointwise.Program
+    wanted: list[str]
+    offs: tuple[fx.Node, ...]
 
 
-def _program(casts: Sequence[fx.Node]) -> tuple[pointwise.Program, list[fx.Node]]:
-    """The program of all casts and its inputs, of which views of one tensor are one."""
+def _arguments(call: fx.Node) -> Arguments:
+    inputs, *amaxes, program, wanted = call.args[: JOINED[call.target]]
+    read, offs = amaxes[0] if amaxes else [], call.args[JOINED[call.target] :]
+    return Arguments(inputs, read, pointwise.parse(program), wanted, offs)  # type: ignore[arg-type]
+
+
+def _whole(call: fx.Node) -> tuple[Any, ...]:
+    """The shape that a program computes in, and what says where groups of rows end."""
+    given = _arguments(call)
+    return (*shape(given.inputs[given.program.large]), *given.offs)
+
+
+def _program(calls: Sequence[fx.Node]) -> tuple[pointwise.Program, list[fx.Node]]:
+    """The program of all calls and its inputs, of which views of one tensor are one."""
     views: dict[str, fx.Node] = {}
     parts = []
-    for cast in casts:
-        args: Any = cast.args
+    for given in map(_arguments, calls):
         inputs = [
-            views.setdefault(f"{i.target} {i.args}", i) if i.target in VIEWS else i for i in args[0]
+            views.setdefault(f"{i.target} {i.args}", i) if i.target in VIEWS else i
+            for i in given.inputs
         ]
-        parts.append((pointwise.parse(args[2]), inputs))
+        parts.append((given.program, inputs))
     return pointwise.join(parts)
 
 
-def _join(graph: fx.Graph, casts: Sequence[fx.Node]) -> None:
-    """One cast for casts that lie side by side."""
-    program, inputs = _program(casts)
-    forms: list[str] = []
+def _join(graph: fx.Graph, calls: Sequence[fx.Node]) -> None:
+    """One call for calls that lie side by side."""
+    program, inputs = _program(calls)
+    wanted: list[str] = []
     amaxes: list[fx.Node] = []
     results = 0
-    for cast in casts:
-        args: Any = cast.args
-        for form in map(parse_form, args[3]):
-            forms.append(replace(form, result=form.result + results).text)
-        amaxes += args[1]
-        results += len(pointwise.parse(args[2]).results)
+    for given in map(_arguments, calls):
+        wanted += (_of_result(text, results) for text in given.wanted)
+        amaxes += given.amaxes
+        results += len(given.program.results)
+    target: Any = calls[0].target
+    read = [amaxes] if target is ops.fused_cast.op else []
+    offs = _arguments(calls[0]).offs
     fake_mode: Any = value(inputs[0]).fake_mode  # type: ignore[attr-defined]
-    given = (inputs, amaxes, program.text(), forms, *casts[0].args[4:])
-    with graph.inserting_after(max(casts)):
-        made = call(graph, fake_mode, ops.fused_cast.op, *given)
+    with graph.inserting_after(max(calls)):
+        made = call(graph, fake_mode, target, inputs, *read, program.text(), wanted, *offs)
     count = 0
-    for cast in casts:
-        for item in list(cast.users):
+    for one in calls:
+        for item in list(one.users):
             item.update_arg(1, item.args[1] + count)  # type: ignore[operator]
             item.update_arg(0, made)
             made.append(item)
-        count += len(value(cast))
-        graph.erase_node(cast)
+        count += len(value(one))
+        graph.erase_node(one)
+
+
+def _of_result(text: str, first: int) -> str:
+    """A form, or the name of an amax, where its program's results begin at ``first``."""
+    if " " in text:
+        form = parse_form(text)
+        return replace(form, result=form.result + first).text
+    return f"{along(text)}{fused_amax.result_of(text) + first}"
 
 
 def _sink(graph: fx.Graph) -> int:
