@@ -28,7 +28,7 @@ from lpcompile.ops.define import PRODUCTS
 CALLERS = ("primals_", "tangents_")
 ALIASES = (VIEWS | TRANSPOSES) - {aten.clone.default}
 SUMS = {aten.sum.dim_IntList, aten.mean.dim}
-MOST_STATES = 20_000
+MOST_CALLS, MOST_STATES = 64, 5_000  # beyond which a part is left as it is
 
 
 class Memory:
@@ -169,6 +169,8 @@ class Part:
 
         live: bytes before the first. None where there is more to try than is worth while.
         """
+        if len(self.single) > MOST_CALLS:
+            return None
         found = _search(self.single, self.dies, live, floor)
         if found is None or not self.joined:
             return found and found[1]

@@ -22,7 +22,7 @@ from torch import fx
 
 from lpcompile import ops
 from lpcompile.cones import LARGE
-from lpcompile.graph import TRANSPOSES, VIEWS, base, call, calls, is_own, shape, value
+from lpcompile.graph import TRANSPOSES, VIEWS, base, call, is_own, shape, value
 from lpcompile.liveness import is_cheap
 from lpcompile.ops import fused_amax, pointwise
 from lpcompile.ops.define import PRODUCTS
@@ -31,6 +31,7 @@ from lpcompile.passes.fuse import MOST_INPUTS, MOST_STATEMENTS
 from lpcompile.peak import CALLERS, Memory, Part
 
 CASTS = (ops.fused_cast.op, ops.fused_cast_micro.op)
+MOST_BETWEEN = 8  # GEMMs from a group's first cast to its last: more and it is several layers'
 JOINED: dict[Any, int] = {ops.fused_cast.op: 4, ops.fused_amax.op: 3}  # arguments before offs
 
 
@@ -39,22 +40,36 @@ def run(graph: fx.Graph) -> int:
     count = 0
     for casts in _groups(graph):
         count += _order(graph, casts)
+    for amaxes in _adjacent(graph):
+        joins = sorted(_joins(amaxes), key=len)
+        while joins:
+            largest = joins.pop()
+            joins = [join for join in joins if not set(join) & set(largest)]
+            _join(graph, largest)
+            count += 1
     return count + _sink(graph)
 
 
 def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
-    """The casts of one graph that read a large input together, in graph order."""
+    """The casts that read a large input together and lie near each other, in graph order."""
     group_of: dict[fx.Node, list[fx.Node]] = {}  # by input
-    for cast in calls(graph, CASTS):
-        alike = {id(g): g for i in _inputs(cast) if (g := group_of.get(i)) is not None}
-        group = [*(other for g in alike.values() for other in g), cast]
+    before: dict[fx.Node, int] = {}  # GEMMs before a cast
+    products = 0
+    for node in graph.nodes:
+        products += node.op == "call_function" and node.target in PRODUCTS
+        if node.op != "call_function" or node.target not in CASTS:
+            continue
+        before[node] = products
+        near = (group_of.get(i) for i in _inputs(node))
+        alike = {id(g): g for g in near if g and products - before[g[0]] <= MOST_BETWEEN}
+        group = [*sorted(other for g in alike.values() for other in g), node]
         group_of |= {i: group for member in group for i in _inputs(member)}
     groups = {id(group): group for group in group_of.values()}
-    return [sorted(group) for group in groups.values() if len(group) > 1]
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _inputs(cast: fx.Node) -> set[fx.Node]:
-    """What a cast reads that is as large as what it casts."""
+    """What a cast, or a call that takes amaxes, reads that is as large as its results."""
     args: Any = cast.args
     kinds = pointwise.parse(next(a for a in args[1:] if isinstance(a, str))).kinds
     return {base(i) for i, kind in zip(args[0], kinds, strict=True) if kind in LARGE}
@@ -62,26 +77,35 @@ def _inputs(cast: fx.Node) -> set[fx.Node]:
 
 def _order(graph: fx.Graph, casts: list[fx.Node]) -> int:
     """Put a part of the graph into its best order, and join calls; how many that changed."""
-    amaxes = sorted({a for cast in casts for a in _amaxes(cast)})
-    joins = [*_joins(casts), *_joins(amaxes)]
     everything = list(graph.nodes)
-    first, end = _range(everything, [*casts, *amaxes])
+    first, end = _range(everything, casts)
+    amaxes = {a for cast in casts for a in _amaxes(cast)} & set(everything[first:end])
+    joins = [*_joins(casts), *_joins(sorted(amaxes))]
     memory = Memory(graph)
     lives = memory.lives(everything)
     part = Part(memory, everything[first:end], joins)
     floor = max(lives[:first] + lives[end:], default=0)
     steps = part.order(memory.held(set(everything[:first])), floor)
-    if steps is None:  # as they were, in as few reads as they were before
-        together = [join for join in joins if set(join) == set(amaxes)]
-        order = part.nodes
-    else:
-        together = [step.calls for step in steps if len(step.calls) > 1]
-        order = part.nodes_in(steps)
-        for at, node in pairwise([everything[first - 1], *order]):
-            at.append(node)
+    if steps is None:
+        return 0
+    order = part.nodes_in(steps)
+    for at, node in pairwise([everything[first - 1], *order]):
+        at.append(node)
+    together = [step.calls for step in steps if len(step.calls) > 1]
     for join in together:
         _join(graph, join)
     return sum(a is not b for a, b in zip(order, part.nodes, strict=True)) + len(together)
+
+
+def _adjacent(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Calls that take amaxes one after another, as ``fuse`` makes them: they hold nothing."""
+    runs: list[list[fx.Node]] = [[]]
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is ops.fused_amax.op:
+            runs[-1].append(node)
+        elif not _is_item(node) and node.target not in VIEWS and runs[-1]:
+            runs.append([])
+    return [run for run in runs if len(run) > 1]
 
 
 def _amaxes(cast: fx.Node) -> list[fx.Node]:
@@ -90,17 +114,17 @@ def _amaxes(cast: fx.Node) -> list[fx.Node]:
     return [a for a in made if isinstance(a, fx.Node) and a.target is ops.fused_amax.op]
 
 
-def _range(nodes: list[fx.Node], calls: list[fx.Node]) -> tuple[int, int]:
-    """Which nodes there is something to gain from: up to the GEMMs that read the calls.
+def _range(nodes: list[fx.Node], casts: list[fx.Node]) -> tuple[int, int]:
+    """Which nodes there is something to gain from: up to the GEMMs that read the casts.
 
     From the first of them, or the casts that the GEMM reads which makes an input of theirs.
     """
     at = {node: i for i, node in enumerate(nodes)}
-    makers = {base(i) for c in calls for i in c.all_input_nodes if base(i).target in PRODUCTS}
+    makers = {i for cast in casts for i in _inputs(cast) if i.target in PRODUCTS}
     read = {i.args[0] for maker in makers for i in maker.all_input_nodes if _is_item(i)}
-    first = min(at[node] for node in [*calls, *read])  # type: ignore[index]
-    readers = {u for call in calls for item in call.users for u in item.users if u.op != "output"}
-    end = 1 + max(at[node] for node in [*calls, *readers])
+    first = min(at[node] for node in [*casts, *read])  # type: ignore[index]
+    readers = {u for cast in casts for item in cast.users for u in item.users if u.op != "output"}
+    end = 1 + max(at[node] for node in [*casts, *readers])
     while nodes[end].op == "call_function" and (_is_item(nodes[end]) or is_cheap(nodes[end])):
         end += 1
     return first, end
@@ -110,22 +134,26 @@ def _is_item(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 
 
-def _joins(calls: list[fx.Node]) -> Iterator[tuple[fx.Node, ...]]:
-    """Casts, or calls that take amaxes, that one kernel can make: two and more."""
-    alone = [(call,) for call in calls if call.target in JOINED]
-    some: list[tuple[fx.Node, ...]] = list(alone)
+def _joins(nodes: list[fx.Node]) -> Iterator[tuple[fx.Node, ...]]:
+    """Casts, or calls that take amaxes, that share inputs and that one kernel can make."""
+    alone = {node: _inputs(node) for node in nodes if node.target in JOINED}
+    some: dict[tuple[fx.Node, ...], set[fx.Node]] = {(n,): i for n, i in alone.items()}
     while some:
-        some = [(*c, other) for c in some for (other,) in alone if c[-1] < other]
-        some = [c for c in some if _fits(c)]
+        some = {
+            (*first, node): inputs | own
+            for first, inputs in some.items()
+            for node, own in alone.items()
+            if first[-1] < node and inputs & own and _fits((*first, node))
+        }
         yield from some
 
 
-def _fits(calls: Sequence[fx.Node]) -> bool:
+def _fits(nodes: Sequence[fx.Node]) -> bool:
     """Whether calls are of matrices of one shape, in the same groups of rows, by a program."""
-    program, _ = _program(calls)
+    program, _ = _program(nodes)
     large = sum(kind in LARGE for kind in program.kinds)
     small = large <= MOST_INPUTS and len(program.statements) <= MOST_STATEMENTS
-    return small and len({_whole(c) for c in calls}) == 1
+    return small and len({_whole(node) for node in nodes}) == 1
 
 
 class Arguments(NamedTuple):
@@ -138,23 +166,23 @@ class Arguments(NamedTuple):
     offs: tuple[fx.Node, ...]
 
 
-def _arguments(call: fx.Node) -> Arguments:
-    inputs, *amaxes, program, wanted = call.args[: JOINED[call.target]]
-    read, offs = amaxes[0] if amaxes else [], call.args[JOINED[call.target] :]
+def _arguments(node: fx.Node) -> Arguments:
+    inputs, *amaxes, program, wanted = node.args[: JOINED[node.target]]
+    read, offs = amaxes[0] if amaxes else [], node.args[JOINED[node.target] :]
     return Arguments(inputs, read, pointwise.parse(program), wanted, offs)  # type: ignore[arg-type]
 
 
-def _whole(call: fx.Node) -> tuple[Any, ...]:
+def _whole(node: fx.Node) -> tuple[Any, ...]:
     """The shape that a program computes in, and what says where groups of rows end."""
-    given = _arguments(call)
-    return (*shape(given.inputs[given.program.large]), *given.offs)
+    given = _arguments(node)
+    return (str(shape(given.inputs[given.program.large])), *given.offs)
 
 
-def _program(calls: Sequence[fx.Node]) -> tuple[pointwise.Program, list[fx.Node]]:
+def _program(nodes: Sequence[fx.Node]) -> tuple[pointwise.Program, list[fx.Node]]:
     """The program of all calls and its inputs, of which views of one tensor are one."""
     views: dict[str, fx.Node] = {}
     parts = []
-    for given in map(_arguments, calls):
+    for given in map(_arguments, nodes):
         inputs = [
             views.setdefault(f"{i.target} {i.args}", i) if i.target in VIEWS else i
             for i in given.inputs
@@ -163,30 +191,30 @@ def _program(calls: Sequence[fx.Node]) -> tuple[pointwise.Program, list[fx.Node]
     return pointwise.join(parts)
 
 
-def _join(graph: fx.Graph, calls: Sequence[fx.Node]) -> None:
+def _join(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
     """One call for calls that lie side by side."""
-    program, inputs = _program(calls)
+    program, inputs = _program(nodes)
     wanted: list[str] = []
     amaxes: list[fx.Node] = []
     results = 0
-    for given in map(_arguments, calls):
+    for given in map(_arguments, nodes):
         wanted += (_of_result(text, results) for text in given.wanted)
         amaxes += given.amaxes
         results += len(given.program.results)
-    target: Any = calls[0].target
+    target: Any = nodes[0].target
     read = [amaxes] if target is ops.fused_cast.op else []
-    offs = _arguments(calls[0]).offs
+    offs = _arguments(nodes[0]).offs
     fake_mode: Any = value(inputs[0]).fake_mode  # type: ignore[attr-defined]
-    with graph.inserting_after(max(calls)):
+    with graph.inserting_after(max(nodes)):
         made = call(graph, fake_mode, target, inputs, *read, program.text(), wanted, *offs)
     count = 0
-    for one in calls:
-        for item in list(one.users):
+    for node in nodes:
+        for item in list(node.users):
             item.update_arg(1, item.args[1] + count)  # type: ignore[operator]
             item.update_arg(0, made)
             made.append(item)
-        count += len(value(one))
-        graph.erase_node(one)
+        count += len(value(node))
+        graph.erase_node(node)
 
 
 def _of_result(text: str, first: int) -> str:

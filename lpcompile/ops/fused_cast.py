@@ -52,7 +52,7 @@ class Tile(NamedTuple):
     align: int = groups.ALIGN  # of groups along x.T
 
 
-SCALED, COMPUTED = Tile(64, 64, 4, 256), Tile(32, 64, 2, 512, 2)  # of one tensor, of a program
+SCALED, COMPUTED = Tile(64, 64, 4, 256), Tile(32, 128, 4, 512, 3)  # of one tensor, of a program
 SQUARE = Tile(128, 128, 8, 128)
 ROWS, COLUMNS = Tile(32, 128, 4, 128), Tile(128, 32, 4, 128)
 
