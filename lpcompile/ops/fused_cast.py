@@ -52,7 +52,9 @@ class Tile(NamedTuple):
     align: int = groups.ALIGN  # of groups along x.T
 
 
-SCALED, COMPUTED = Tile(64, 64, 4, 256), Tile(32, 128, 4, 512, 3)  # of one tensor, of a program
+# Of one tensor; of a program, whose loads run ahead: both gradients of SwiGLU, 98304 x 1408 in 64
+# groups, in 0.42 ms where 64 x 64 without them takes 0.47 (H200, triton 3.6).
+SCALED, COMPUTED = Tile(64, 64, 4, 256), Tile(32, 128, 4, 512, 3)
 SQUARE = Tile(128, 128, 8, 128)
 ROWS, COLUMNS = Tile(32, 128, 4, 128), Tile(128, 32, 4, 128)
 
