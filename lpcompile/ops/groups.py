@@ -112,32 +112,19 @@ def locate(tile, starts, ends, TILE: tl.constexpr, ALIGN: tl.constexpr, EP: tl.c
     """Where tile ``tile`` lies, of the tiles of TILE rows (a multiple of ALIGN) that cut groups.
 
     -> its group, the group's first row, the row after its last, the tile's index in the group, and
-    the group's first row in the padded layout. Past the last tile: group EP, no rows after the last
-    group's, the index counted from there, the end of the padded layout.
+    the group's first row in the padded layout. Past the last tile: group EP, no rows, the index
+    counted from there, the end of the padded layout.
     """
     sizes = ends - starts
     sizes = tl.where(sizes > 0, sizes, 0)  # past E
     tiles = tl.cdiv(sizes, TILE)
-    until = tl.cumsum(tiles, 0)
-    # One exchange between warps for all sums: it is what a program waits for before it begins.
-    before, begun = until <= tile, until - tiles <= tile
-    group, first, last, tiles, padded = tl.reduce(
-        (
-            before.to(tl.int32),
-            tl.where(before, sizes, 0),
-            tl.where(begun, sizes, 0),
-            tl.where(before, tiles, 0),
-            tl.where(before, tl.cdiv(sizes, ALIGN) * ALIGN, 0),
-        ),
-        0,
-        _sums,
-    )
-    return group, first, last, tile - tiles, padded
-
-
-@triton.jit
-def _sums(a0, b0, c0, d0, e0, a1, b1, c1, d1, e1):
-    return a0 + a1, b0 + b1, c0 + c1, d0 + d1, e0 + e1
+    group = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
+    e = tl.arange(0, EP)
+    first = tl.sum(tl.where(e == group, starts, 0), 0)
+    last = tl.sum(tl.where(e == group, ends, 0), 0)
+    index = tile - tl.sum(tl.where(e < group, tiles, 0), 0)
+    padded = tl.sum(tl.where(e < group, tl.cdiv(sizes, ALIGN) * ALIGN, 0), 0)
+    return group, first, last, index, padded
 
 
 @triton.jit
