@@ -305,9 +305,10 @@ def _given(request: Request) -> bool:
 
 
 def _replace(graph: fx.Graph, group: Group) -> None:
-    """One op for every amax of the group, and for each result one for its copies, where they were.
+    """For each result one op for its amaxes, and one for its copies, where they were.
 
-    One for all copies would read the inputs once, and hold all of them from then on.
+    One for all copies would read the inputs once, and hold all of them from then on: ``schedule``
+    joins ops of several results where there is room for it.
     """
     fake_mode: Any = value(group.requests[0].x).fake_mode  # type: ignore[attr-defined]
     make = partial(call, graph, fake_mode)
@@ -331,27 +332,25 @@ def _replace(graph: fx.Graph, group: Group) -> None:
 
 
 def _replace_amaxes(graph: fx.Graph, make: Any, group: Group) -> dict[fx.Node, fx.Node]:
-    """One op for every amax that the group makes; gives the one of each quantize that reads it."""
-    asked = {
-        r.node: (r.form(i).amax, r.amax)
-        for i, (_, rs) in enumerate(group.results)
-        for r in rs
-        if r.kind not in BLOCKS and not _given(r)
-    }
-    if not asked:
-        return {}
-    wants = list(dict.fromkeys(want for want, _ in asked.values()))
-    program = group.cone.program([name for name, _ in group.results]).text()
+    """One op for the amaxes of each result; gives the one of each quantize that reads it."""
+    made: dict[fx.Node, fx.Node] = {}
     offs = offsets(group.requests)
-    after = [*offs, *(leaf for leaf, _ in group.cone.leaves)]
-    with graph.inserting_before(last(after).next):
-        inputs = [matrix(make, group.cone, leaf, kind) for leaf, kind in group.cone.leaves]
-        every = make(ops.fused_amax.op, inputs, program, wants, *offs)
-        made = {want: make(operator.getitem, every, i) for i, want in enumerate(wants)}
-    for want, amax in asked.values():
-        if amax is not None:
-            amax.replace_all_uses_with(made[want])
-    return {node: made[want] for node, (want, _) in asked.items()}
+    after = last([*offs, *(leaf for leaf, _ in group.cone.leaves)])
+    for whole, requests in reversed(group.results):
+        asked = [r for r in requests if r.kind not in BLOCKS and not _given(r)]
+        if not asked:
+            continue
+        cone, name = group.cone.part(whole)
+        wants = list(dict.fromkeys(r.form(0).amax for r in asked))
+        with graph.inserting_before(after.next):
+            inputs = [matrix(make, cone, leaf, kind) for leaf, kind in cone.leaves]
+            every = make(ops.fused_amax.op, inputs, cone.program([name]).text(), wants, *offs)
+            items = {want: make(operator.getitem, every, i) for i, want in enumerate(wants)}
+        for r in asked:
+            made[r.node] = items[r.form(0).amax]
+            if r.amax is not None:
+                r.amax.replace_all_uses_with(made[r.node])
+    return made
 
 
 def last(nodes: list[fx.Node]) -> fx.Node:

@@ -1,9 +1,10 @@
 """Order the quantizes of one graph, and the GEMMs that read them, so that less lives at once.
 
-- Tensors that are cast from the same inputs are cast one after another, each before its own GEMMs,
-  in an order that lets go of inputs early. SwiGLU's backward: h, for wgrad; the gradient of gate,
-  after which up is dead; the gradient of up, from gate and dh. A GEMM that makes more than it lets
-  go of (wgrad of a large weight on few tokens) waits until the last is cast.
+- Around tensors that are cast from the same inputs, the order that holds least is searched
+  (``lpcompile.peak``). SwiGLU's backward: whether h, for wgrad, and the gradients of gate and up
+  are cast one after another, each before its own GEMMs, or at once, which lets go of gate, up and
+  the gradient of h; whether dX comes before dW, and when x is narrowed for wgrad. One kernel casts
+  several, and reads their inputs once, where the peak is no higher for it.
 - What is quantized from inputs of the graph that are held anyway (weights, above all) is quantized
   right before the first GEMM that reads it: a copy made early is held beside them.
 
@@ -12,97 +13,216 @@ three of its own (``reorder_for_peak_memory``, torch 2.11 to 2.13), none of whic
 """
 
 import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import fx
-from torch._inductor.pattern_matcher import stable_topological_sort
 
 from lpcompile import ops
 from lpcompile.cones import LARGE
-from lpcompile.graph import TRANSPOSES, VIEWS, base, calls, hint, is_own, value
+from lpcompile.graph import TRANSPOSES, VIEWS, base, call, is_own, shape, value
 from lpcompile.liveness import is_cheap
-from lpcompile.ops import pointwise
+from lpcompile.ops import fused_amax, pointwise
 from lpcompile.ops.define import PRODUCTS
+from lpcompile.ops.fused_source import along, parse_form
+from lpcompile.passes.fuse import MOST_INPUTS, MOST_STATEMENTS
+from lpcompile.peak import CALLERS, Memory, Part
 
 CASTS = (ops.fused_cast.op, ops.fused_cast_micro.op, ops.fused_wide_micro.op)
-# How AOTAutograd names the inputs that the caller holds: Inductor knows them so too.
-CALLERS = ("primals_", "tangents_")
+MOST_BETWEEN = 8  # GEMMs from a group's first cast to its last: more and it is several layers'
+JOINED: dict[Any, int] = {ops.fused_cast.op: 4, ops.fused_amax.op: 3}  # arguments before offs
 
 
 def run(graph: fx.Graph) -> int:
-    """Move what is better made later, and return how many calls were moved."""
+    """Move what is better made later, and return how many calls were moved or joined."""
     count = 0
     for casts in _groups(graph):
-        count += sum(_put_after(*pair, casts) for pair in pairwise(_order(casts)))
-    if count:
-        stable_topological_sort(graph)
+        count += _order(graph, casts)
+    for amaxes in _adjacent(graph):
+        joins = sorted(_joins(amaxes), key=len)
+        while joins:
+            largest = joins.pop()
+            joins = [join for join in joins if not set(join) & set(largest)]
+            _join(graph, largest)
+            count += 1
     return count + _sink(graph)
 
 
 def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
-    """The casts of one graph that read a large input together, in graph order."""
+    """The casts that read a large input together and lie near each other, in graph order."""
     group_of: dict[fx.Node, list[fx.Node]] = {}  # by input
-    for cast in calls(graph, CASTS):
-        alike = {id(g): g for i in _inputs(cast) if (g := group_of.get(i)) is not None}
-        group = [*(other for g in alike.values() for other in g), cast]
+    before: dict[fx.Node, int] = {}  # GEMMs before a cast
+    products = 0
+    for node in graph.nodes:
+        products += node.op == "call_function" and node.target in PRODUCTS
+        if node.op != "call_function" or node.target not in CASTS:
+            continue
+        before[node] = products
+        near = (group_of.get(i) for i in _inputs(node))
+        alike = {id(g): g for g in near if g and products - before[g[0]] <= MOST_BETWEEN}
+        group = [*sorted(other for g in alike.values() for other in g), node]
         group_of |= {i: group for member in group for i in _inputs(member)}
     groups = {id(group): group for group in group_of.values()}
-    return [sorted(group) for group in groups.values() if len(group) > 1]
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _inputs(cast: fx.Node) -> set[fx.Node]:
-    """What a cast reads that is as large as what it casts."""
+    """What a cast, or a call that takes amaxes, reads that is as large as its results."""
     args: Any = cast.args
     kinds = pointwise.parse(next(a for a in args[1:] if isinstance(a, str))).kinds
     return {base(i) for i, kind in zip(args[0], kinds, strict=True) if kind in LARGE}
 
 
-def _order(casts: list[fx.Node]) -> list[fx.Node]:
-    """The casts and what reads them, in the order in which they are to run."""
-    left = list(casts)
-    order: list[fx.Node] = []
-    late: list[fx.Node] = []
-    while left:
-        # The one that the most inputs die with; among equals the first.
-        needed = {c: {i for other in left if other is not c for i in _inputs(other)} for c in left}
-        cast = max(left, key=lambda c: len(_inputs(c) - needed[c]))
-        left.remove(cast)
-        order.append(cast)
-        for reader in sorted({u for item in cast.users for u in item.users if u.op != "output"}):
-            (late if _grows(reader) else order).append(reader)
-    return [*order, *(reader for reader in late if reader not in order)]
-
-
-def _grows(node: fx.Node) -> bool:
-    """Whether a call makes more bytes than are dead after it."""
-    freed = sum(_num_bytes(i) for i in node.all_input_nodes if set(i.users) == {node})
-    return _num_bytes(node) > freed
-
-
-def _num_bytes(node: fx.Node) -> int:
-    made = node.meta.get("val")
-    if not isinstance(made, torch.Tensor) or node.op == "placeholder":
+def _order(graph: fx.Graph, casts: list[fx.Node]) -> int:
+    """Put a part of the graph into its best order, and join calls; how many that changed."""
+    everything = list(graph.nodes)
+    first, end = _range(everything, casts)
+    amaxes = {a for cast in casts for a in _amaxes(cast)} & set(everything[first:end])
+    joins = [*_joins(casts), *_joins(sorted(amaxes))]
+    memory = Memory(graph)
+    lives = memory.lives(everything)
+    part = Part(memory, everything[first:end], joins)
+    floor = max(lives[:first] + lives[end:], default=0)
+    steps = part.order(memory.held(set(everything[:first])), floor)
+    if steps is None:
         return 0
-    return (hint(made.numel()) or 0) * made.element_size()
+    order = part.nodes_in(steps)
+    for at, node in pairwise([everything[first - 1], *order]):
+        at.append(node)
+    together = [step.calls for step in steps if len(step.calls) > 1]
+    for join in together:
+        _join(graph, join)
+    return sum(a is not b for a, b in zip(order, part.nodes, strict=True)) + len(together)
 
 
-def _put_after(first: fx.Node, then: fx.Node, casts: list[fx.Node]) -> int:
-    """Move a call behind another, with what else is quantized for it alone, if it is before it."""
-    if not then < first:
-        return 0
-    moved, stack = {then}, [then]
-    while stack:
-        for i in stack.pop().all_input_nodes:
-            for_it = _is_light(i) and i not in casts and all(u in moved for u in i.users)
-            if for_it and i not in moved:
-                moved.add(i)
-                stack.append(i)
-    early = sorted(node for node in moved if node < first)
-    for node in reversed(early):
-        first.append(node)
-    return len(early)
+def _adjacent(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Calls that take amaxes one after another, as ``fuse`` makes them: they hold nothing."""
+    runs: list[list[fx.Node]] = [[]]
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is ops.fused_amax.op:
+            runs[-1].append(node)
+        elif not _is_item(node) and node.target not in VIEWS and runs[-1]:
+            runs.append([])
+    return [run for run in runs if len(run) > 1]
+
+
+def _amaxes(cast: fx.Node) -> list[fx.Node]:
+    """The calls that make the amaxes that a cast reads, from what it casts."""
+    made = [i.args[0] for i in cast.all_input_nodes if i.target is operator.getitem]
+    return [a for a in made if isinstance(a, fx.Node) and a.target is ops.fused_amax.op]
+
+
+def _range(nodes: list[fx.Node], casts: list[fx.Node]) -> tuple[int, int]:
+    """Which nodes there is something to gain from: up to the GEMMs that read the casts.
+
+    From the first of them, or the casts that the GEMM reads which makes an input of theirs.
+    """
+    at = {node: i for i, node in enumerate(nodes)}
+    makers = {i for cast in casts for i in _inputs(cast) if i.target in PRODUCTS}
+    read = {i.args[0] for maker in makers for i in maker.all_input_nodes if _is_item(i)}
+    first = min(at[node] for node in [*casts, *read])  # type: ignore[index]
+    readers = {u for cast in casts for item in cast.users for u in item.users if u.op != "output"}
+    end = 1 + max(at[node] for node in [*casts, *readers])
+    while nodes[end].op == "call_function" and (_is_item(nodes[end]) or is_cheap(nodes[end])):
+        end += 1
+    return first, end
+
+
+def _is_item(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def _joins(nodes: list[fx.Node]) -> Iterator[tuple[fx.Node, ...]]:
+    """Casts, or calls that take amaxes, that share inputs and that one kernel can make."""
+    alone = {node: _inputs(node) for node in nodes if node.target in JOINED}
+    some: dict[tuple[fx.Node, ...], set[fx.Node]] = {(n,): i for n, i in alone.items()}
+    while some:
+        some = {
+            (*first, node): inputs | own
+            for first, inputs in some.items()
+            for node, own in alone.items()
+            if first[-1] < node and inputs & own and _fits((*first, node))
+        }
+        yield from some
+
+
+def _fits(nodes: Sequence[fx.Node]) -> bool:
+    """Whether calls are of matrices of one shape, in the same groups of rows, by a program."""
+    program, _ = _program(nodes)
+    large = sum(kind in LARGE for kind in program.kinds)
+    small = large <= MOST_INPUTS and len(program.statements) <= MOST_STATEMENTS
+    return small and len({_whole(node) for node in nodes}) == 1
+
+
+class Arguments(NamedTuple):
+    """Of a call of ``fused_cast``, or of ``fused_amax``, which reads no amaxes."""
+
+    inputs: list[fx.Node]
+    amaxes: list[fx.Node]
+    program: pointwise.Program
+    wanted: list[str]
+    offs: tuple[fx.Node, ...]
+
+
+def _arguments(node: fx.Node) -> Arguments:
+    inputs, *amaxes, program, wanted = node.args[: JOINED[node.target]]
+    read, offs = amaxes[0] if amaxes else [], node.args[JOINED[node.target] :]
+    return Arguments(inputs, read, pointwise.parse(program), wanted, offs)  # type: ignore[arg-type]
+
+
+def _whole(node: fx.Node) -> tuple[Any, ...]:
+    """The shape that a program computes in, and what says where groups of rows end."""
+    given = _arguments(node)
+    return (str(shape(given.inputs[given.program.large])), *given.offs)
+
+
+def _program(nodes: Sequence[fx.Node]) -> tuple[pointwise.Program, list[fx.Node]]:
+    """The program of all calls and its inputs, of which views of one tensor are one."""
+    views: dict[str, fx.Node] = {}
+    parts = []
+    for given in map(_arguments, nodes):
+        inputs = [
+            views.setdefault(f"{i.target} {i.args}", i) if i.target in VIEWS else i
+            for i in given.inputs
+        ]
+        parts.append((given.program, inputs))
+    return pointwise.join(parts)
+
+
+def _join(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    """One call for calls that lie side by side."""
+    program, inputs = _program(nodes)
+    wanted: list[str] = []
+    amaxes: list[fx.Node] = []
+    results = 0
+    for given in map(_arguments, nodes):
+        wanted += (_of_result(text, results) for text in given.wanted)
+        amaxes += given.amaxes
+        results += len(given.program.results)
+    target: Any = nodes[0].target
+    read = [amaxes] if target is ops.fused_cast.op else []
+    offs = _arguments(nodes[0]).offs
+    fake_mode: Any = value(inputs[0]).fake_mode  # type: ignore[attr-defined]
+    with graph.inserting_after(max(nodes)):
+        made = call(graph, fake_mode, target, inputs, *read, program.text(), wanted, *offs)
+    count = 0
+    for node in nodes:
+        for item in list(node.users):
+            item.update_arg(1, item.args[1] + count)  # type: ignore[operator]
+            item.update_arg(0, made)
+            made.append(item)
+        count += len(value(node))
+        graph.erase_node(node)
+
+
+def _of_result(text: str, first: int) -> str:
+    """A form, or the name of an amax, where its program's results begin at ``first``."""
+    if " " in text:
+        form = parse_form(text)
+        return replace(form, result=form.result + first).text
+    return f"{along(text)}{fused_amax.result_of(text) + first}"
 
 
 def _sink(graph: fx.Graph) -> int:

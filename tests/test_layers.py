@@ -11,7 +11,7 @@ LAYERS = [  # from the bottom up; a folder is one unit
     "ops",
     "gemm gemm_grouped quantized sharded "
     "graph ahead flow cones gathers lanes lift saved liveness sites structure select placement "
-    "draws report source dumps verify",
+    "peak draws report source dumps verify",
     "functional grouped experts passes lowerings",
     "pipeline",
     "backend explain api convert switch",

@@ -33,7 +33,7 @@ from lpcompile.ops import (
 from lpcompile.ops.define import define, same_bits
 from lpcompile.ops.fused_source import along, is_grouped
 
-BM, BC, ROWS, WARPS, STAGES = 16, 64, 256, 2, 3  # a tile, rows a program goes down
+BM, BC, ROWS, WARPS, STAGES = 16, 64, 256, 2, 4  # a tile, rows a program goes down
 
 
 def outputs(

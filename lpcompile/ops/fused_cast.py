@@ -52,7 +52,9 @@ class Tile(NamedTuple):
     align: int = groups.ALIGN  # of groups along x.T
 
 
-SCALED = Tile(64, 64, 4, 256)
+# Of one tensor; of a program, whose loads run ahead: both gradients of SwiGLU, 98304 x 1408 in 64
+# groups, in 0.42 ms where 64 x 64 without them takes 0.47 (H200, triton 3.6).
+SCALED, COMPUTED = Tile(64, 64, 4, 256), Tile(32, 128, 4, 512, 3)
 SQUARE = Tile(128, 128, 8, 128)
 ROWS, COLUMNS = Tile(32, 128, 4, 128), Tile(128, 32, 4, 128)
 
@@ -138,7 +140,7 @@ def launch(
     made_of = [[next(rest) for _ in range(num_outputs(form))] for form in parsed]
     encode = _scales(forms, amaxes, made_of)
     whole = pointwise.arguments(named, inputs)
-    for tile, mine in _kernels(parsed):
+    for tile, mine in _kernels(parsed, COMPUTED if named.statements else SCALED):
         BM, BC, warps, columns, stages, align = tile
         read = [e for i in mine if (e := encode[i]) is not None]
         written: list[Tensor] = []
@@ -192,7 +194,7 @@ def _straddles(forms: list[Form], program: pointwise.Program, columns: int) -> b
     )
 
 
-def _kernels(forms: list[Form]) -> Iterator[tuple[Tile, list[int]]]:
+def _kernels(forms: list[Form], scaled: Tile) -> Iterator[tuple[Tile, list[int]]]:
     """The kernels that make the forms, and which of them each makes; groups in none with x.T whole.
 
     Blocks of both ways would share a tile of 128x128, which spills: 1.9 ms for SwiGLU's five copies
@@ -206,7 +208,7 @@ def _kernels(forms: list[Form]) -> Iterator[tuple[Tile, list[int]]]:
         elif form.kind == "block":
             tile = ROWS if form.way == "n" else COLUMNS
         else:
-            tile = SCALED
+            tile = scaled
         tiles.setdefault((tile, ragged and form.way == "t"), []).append(i)
     for (tile, _), mine in tiles.items():
         yield tile, mine

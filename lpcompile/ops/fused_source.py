@@ -154,7 +154,8 @@ def walk_source(program: str, element: str, pow2: bool, grouped: bool, even: boo
 
 def _module(program: str, wanted: tuple[str, ...], kernel: str) -> str:
     doc = '"""' + program + "\n\n" + "\n".join(wanted) + '\n"""'
-    imports = "import triton\nimport triton.language as tl\n\nfrom lpcompile.ops import fp8, groups"
+    imports = "import triton\nimport triton.language as tl\n\n"
+    imports += "from lpcompile.ops import fp8, groups, pointwise"
     return "\n\n".join([doc, imports, kernel]) + "\n"
 
 

@@ -163,7 +163,8 @@ def _module(
     """masked: results are made zero outside [M, C], where inputs are."""
     doc = '"""' + program + "\n\n" + "\n".join(wanted) + '\n"""'
     imports = "import triton\nimport triton.language as tl\n\n"
-    imports += "from lpcompile.ops import fp8, groups, hadamard, micro_tile, turned, wide_tile"
+    imports += "from lpcompile.ops import fp8, groups, hadamard, micro_tile, pointwise"
+    imports += ", turned, wide_tile"
     tiles = (fused_source._live(f"f_{r}", even or not masked) for r in named.results)
     results = "".join(f"({tile}).to(tl.bfloat16), " for tile in tiles)
     tile = [*fused_source._tile(named, even, True), f"return ({results})"]

@@ -6,6 +6,7 @@ conversions in place of the interpreter's, which are wrong (triton 3.6 and 3.7).
 
 import numpy as np
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -18,6 +19,7 @@ from lpcompile.ops import (
     fused_amax,
     fused_amax_micro,
     hadamard,
+    pointwise,
 )
 from lpcompile.ops.pointwise import IDENTITY
 
@@ -38,6 +40,13 @@ def rounded_by_torch(x, input_dtype, output_dtype, rounding_mode):
     return narrow.view(getattr(torch, f"uint{8 * narrow.element_size()}")).numpy()
 
 
+@triton.jit
+def rounded(x):
+    """The interpreter has no inline assembly."""
+    return x.to(tl.bfloat16).to(tl.float32)
+
+
+pointwise.rounded = rounded
 TIES = ops.quantize_nvfp4_grouped_t.samples("cpu")[:2]
 
 

@@ -1,7 +1,5 @@
 """The order of a graph's quantizes: how much lives at once, and that nothing else changes."""
 
-from collections import defaultdict
-
 import pytest
 import torch
 from oracle import FFN, bf16, compiled, data, step
@@ -10,6 +8,8 @@ from torch import nn
 from lpcompile import ops, pipeline
 from lpcompile.graph import base, calls, placeholders
 from lpcompile.ops.define import PRODUCTS
+from lpcompile.passes import schedule
+from lpcompile.peak import Memory, num_bytes
 
 RECIPES = ["fp8_rowwise", "fp8_tensorwise", "fp8_blockwise"]
 DIM, HIDDEN = 64, 128
@@ -40,73 +40,50 @@ def graphs(monkeypatch, model, x, recipe, scheduled=True):
     return forward, backward, made
 
 
-def num_bytes(node):
-    made = node.meta.get("val")
-    return made.numel() * made.element_size() if isinstance(made, torch.Tensor) else 0
+def peak(graph):
+    return max(Memory(graph).lives(list(graph.nodes)))
 
 
-def lives(graph, counted=lambda node: True):
-    """Bytes of what is counted, alive while each node runs; of views, what they are views of."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    last = defaultdict(int)
-    for node in graph.nodes:
-        for i in node.all_input_nodes:
-            last[base(i)] = order[node]
-    made = {n: num_bytes(n) for n in graph.nodes if base(n) is n and counted(n)}
-    return [
-        sum(size for n, size in made.items() if order[n] <= at <= last[n]) for at in order.values()
-    ]
-
-
-def is_copy(node):
-    """A narrow copy of a gradient of gate or up, or of what they make."""
-    made = node.meta.get("val")
-    wide = isinstance(made, torch.Tensor) and made.dtype.itemsize == 1
-    return wide and node.op != "placeholder" and HIDDEN in made.shape and DIM not in made.shape
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_no_two_tensors_copies_live_at_once(monkeypatch, recipe):
-    """All five copies of SwiGLU's backward beside its inputs took more memory than bf16 does."""
-    rows = 512
-    model, x = bf16(FFN(DIM, HIDDEN)), data(rows, DIM)
-    _, backward, _ = graphs(monkeypatch, model, x, recipe)
-    copies = lives(backward, is_copy)
-    assert max(copies) == 2 * rows * HIDDEN
-    _, unordered, _ = graphs(monkeypatch, model, x, recipe, scheduled=False)
-    assert max(lives(backward)) < max(lives(unordered))
-
-
-def hidden_casts(graph):
+def hidden_casts(graph, hidden=HIDDEN):
     """Of each cast of SwiGLU's tensors in order, the inputs and the number of copies."""
     return [
         ({base(i).name for i in n.args[0]}, len(n.args[3]))
         for n in graph.nodes
-        if n.target is ops.fused_cast.op and HIDDEN in n.args[0][0].meta["val"].shape
+        if n.target is ops.fused_cast.op and hidden in n.args[0][0].meta["val"].shape
     ]
 
 
-@pytest.mark.parametrize("rows", [16, 512])
-def test_an_input_dies_with_the_tensor_that_is_cast_next(monkeypatch, rows):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_tensors_are_cast_one_by_one_where_their_copies_would_make_the_peak(monkeypatch, recipe):
+    """All five copies of SwiGLU's backward beside its inputs took more memory than bf16 does."""
+    hidden = 8 * DIM
+    model, x = bf16(FFN(DIM, hidden)), data(1024, DIM)
+    _, backward, _ = graphs(monkeypatch, model, x, recipe)
+    assert sorted(copies for _, copies in hidden_casts(backward, hidden)) == [1, 2, 2]
+    _, unordered, _ = graphs(monkeypatch, model, x, recipe, scheduled=False)
+    assert peak(backward) < peak(unordered)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_they_are_cast_at_once_where_the_weights_make_the_peak(monkeypatch, recipe):
+    model, x = bf16(FFN(DIM, HIDDEN)), data(16, DIM)
+    _, backward, _ = graphs(monkeypatch, model, x, recipe)
+    assert [copies for _, copies in hidden_casts(backward)] == [5]
+    monkeypatch.setattr(schedule, "_joins", lambda casts: [])
+    _, split, _ = graphs(monkeypatch, model, x, recipe)
+    assert sorted(copies for _, copies in hidden_casts(split)) == [1, 2, 2]
+    assert peak(backward) == peak(split)
+
+
+def test_an_input_dies_with_the_tensor_that_is_cast_next(monkeypatch):
     """h and the gradient of gate need up, the gradient of up does not."""
-    _, backward, _ = graphs(monkeypatch, bf16(FFN(DIM, HIDDEN)), data(rows, DIM), "fp8_rowwise")
-    (h, one), (gate, two), (up, too) = hidden_casts(backward)
+    hidden = 8 * DIM
+    _, backward, _ = graphs(monkeypatch, bf16(FFN(DIM, hidden)), data(1024, DIM), "fp8_rowwise")
+    (h, one), (gate, two), (up, too) = hidden_casts(backward, hidden)
     assert (one, two, too) == (1, 2, 2)
     assert h < gate
     assert up < gate
     assert h & up  # gate alone
-
-
-def test_wgrads_of_few_rows_wait_until_all_is_cast(monkeypatch):
-    """The gradient of a weight is larger then than the copies that it lets go of."""
-    _, backward, _ = graphs(monkeypatch, bf16(FFN(DIM, HIDDEN)), data(16, DIM), "fp8_rowwise")
-    at = {node: i for i, node in enumerate(backward.nodes)}
-    casts = [n for n in at if n.target is ops.fused_cast.op]
-    hidden = [n for n in casts if HIDDEN in n.args[0][0].meta["val"].shape]
-    products = [n for n in at if n.target in PRODUCTS]
-    wgrads = [n for n in products if set(n.meta["val"].shape) == {DIM, HIDDEN}]
-    assert len(hidden) == len(wgrads) == 3
-    assert max(at[n] for n in hidden) < min(at[n] for n in wgrads)
 
 
 def weights(graph):
@@ -148,15 +125,13 @@ NARROW = {
 }
 
 
-def test_x_is_narrowed_for_wgrad_when_the_first_gradient_is(monkeypatch):
-    """From what is held anyway: nobody else has the residual sum x + first(x) in memory."""
+def test_x_is_narrowed_for_wgrad_from_what_is_held_anyway(monkeypatch):
+    """Nobody else has the residual sum x + first(x) in memory."""
     _, backward, _ = graphs(monkeypatch, bf16(Block()), data(512, DIM), "fp8_rowwise")
     casts = [n for n in backward.nodes if n.target is ops.fused_cast.op]
     of_norm = [n for n in casts if "rsqrt" in "".join(base(i).name for i in n.args[0])]
     (norm,) = of_norm
     assert {base(i).op for i in norm.args[0]} == {"placeholder"}
-    before = [n for n in casts[: casts.index(norm)] if HIDDEN in n.args[0][0].meta["val"].shape]
-    assert [len(n.args[3]) for n in before] == [1, 2]  # h, and the gradient of gate
 
 
 @pytest.mark.parametrize("rows", [16, 512])
