@@ -104,7 +104,8 @@ def matrices(device: str) -> list[Tensor]:
     bad = x.clone()
     bad[3, 5], bad[4, 5], bad[60, 1] = torch.inf, torch.nan, -torch.inf
     odd = torch.randn(777, 131, device=device, dtype=torch.bfloat16)
-    return [x, x.t(), odd, odd[1:, 1:], x[:0], x[:1], x * 0, bad]
+    single = [x[:1], odd[:1, :24].contiguous(), odd[:24, :1].contiguous()]
+    return [x, x.t(), odd, odd[1:, 1:], x[:0], *single, x * 0, bad]
 
 
 def samples(device: str) -> list[tuple[Any, ...]]:

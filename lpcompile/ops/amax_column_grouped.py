@@ -60,6 +60,8 @@ def samples(device: str) -> list[tuple[Any, ...]]:
         (even.t(), of(10, 64)),
         (bad, of(100, 300, 333)),
         (x, of(333)),
+        (x[:2, :24].contiguous(), of(1, 2)),
+        (x[:1, :24].contiguous(), of(0, 1)),
         (x, of(0, 0, 0)),
         (x[:0], of(0, 0)),
         (x[1:, 1:], of(300, 301, 302)),

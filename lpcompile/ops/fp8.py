@@ -109,7 +109,14 @@ def decode(scale):
 
 @triton.jit
 def narrow(scaled, ELEMENT: tl.constexpr):
-    """The clamp and the cast of ``cast``, in a kernel: one saturating conversion, NaN kept."""
+    """The clamp and the cast of ``cast``, in a kernel: one saturating conversion, NaN kept.
+
+    No element may be a constant, such as the zeros of padding are where the size that masks them
+    is. Triton makes a size of 1 one, unless the kernel declares it ``tl.int32``. Equal conversions
+    are merged, and of a word whose halves are one conversion ptxas 12.8, which Triton 3.6 and 3.7
+    have for sm_90, writes the lower half alone: what was in the register is the upper one, in the
+    padding of a single token. ptxas 13.0 writes both.
+    """
     return scaled.to(ELEMENT)
 
 

@@ -131,7 +131,7 @@ def programs(device: str) -> list[tuple[list[Tensor], str]]:
     )
     bad = randn(48, 96)
     bad[3, 5], bad[40, 7] = torch.inf, torch.nan
-    shapes = (512, 512), (200, 328), (37, 203), (0, 64)
+    shapes = (512, 512), (200, 328), (37, 203), (1, 24), (24, 1), (0, 64)
     alone = [([x], pointwise.IDENTITY) for x in (*(randn(*s) for s in shapes), bad, bad * 0)]
     return alone + [
         ([randn(M, C), randn(M, C), randn(M, 1).float().abs(), randn(C)], producer)

@@ -30,14 +30,14 @@ def reference(x: Tensor, amax: Tensor, element: torch.dtype, pow2: bool) -> tupl
     return fp8.pad_columns(values, round_up(x.shape[-1], ALIGN)), fp8.decode_scale(scale)
 
 
-@triton.jit(do_not_specialize=["C"])
+@triton.jit
 def kernel(
     x_ptr,
     amax_ptr,
     values_ptr,
     scales_ptr,
-    R,
-    C,
+    R: tl.int32,
+    C: tl.int32,
     CP,
     stride_e,
     stride_r,
@@ -122,7 +122,7 @@ def samples(device: str) -> list[tuple[Any, ...]]:
     bad = x.clone()
     bad[3, 5], bad[60, 1] = torch.inf, torch.nan
     experts = torch.stack([odd, odd * 3, odd * 0])
-    inputs = [x, x.t(), odd, odd[1:, 1:].t(), x[:0], x * 0, x * 1e-38, x * 1e36]
+    inputs = [x, x.t(), odd, odd[1:, 1:].t(), x[:0], x[:1], odd[:, :1], x * 0, x * 1e-38, x * 1e36]
     inputs += [experts, experts.mT, experts[::2], torch.stack([x, bad])]
     cases = [
         (x, amax_tensor.reference(x), element, pow2)

@@ -39,6 +39,11 @@ TYPES = {
 }
 
 
+def is_one(parameter, value):
+    """Whether Triton compiles a size of 1 as a constant: not where its type is given."""
+    return value == 1 and not parameter.annotation_type
+
+
 class Assembler:
     """In a kernel's place: compiles it for ``capability`` instead of launching it."""
 
@@ -55,7 +60,7 @@ class Assembler:
             if isinstance(value, torch.Tensor):
                 signature[name] = TYPES[value.dtype]
                 attributes[(i,)] = [["tt.divisibility", 16]]
-            elif parameter.is_constexpr or value is None or value == 1:
+            elif parameter.is_constexpr or value is None or is_one(parameter, value):
                 signature[name], constants[(i,)] = "constexpr", value
             else:
                 signature[name] = "i32"
