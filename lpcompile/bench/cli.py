@@ -52,7 +52,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "--experts", nargs="*", default=[], choices=list(EXPERTS), help="and grouped GEMMs of these"
     )
     command = _command(commands, "kernels", "every quantize and amax kernel", _kernels)
-    command.add_argument("--no-compiled", action="store_true", help="only the ops, no fusions")
+    command.add_argument("--no-fused", action="store_true", help="not what is fused of layers")
     every = list(dict.fromkeys([*LLAMAS, *MOES, *EXPERTS]))
     command = _command(commands, "profile", "one layer's kernels in order", _profile, every)
     _add_variants(command)
@@ -197,8 +197,8 @@ def _gemm(args: argparse.Namespace, device: torch.device) -> list[Result]:
 
 def _kernels(args: argparse.Namespace, device: torch.device) -> list[Result]:
     result = _result("kernels: share of copy bandwidth", device)
-    compiled = not args.no_compiled
-    rows, copy = kernels.measure(_models(args), device, args.repeats, compiled=compiled)
+    fused = not args.no_fused
+    rows, copy = kernels.measure(_models(args), device, args.repeats, fused=fused)
     result.rows = rows
     result.notes.append(f"A large copy moves {copy / 1e12:.3f} TB/s, read and written counted.")
     return [result]

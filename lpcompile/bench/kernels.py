@@ -1,25 +1,24 @@
-"""``bench kernels``: every quantize and amax kernel, and what should be fused with one.
+"""``bench kernels``: every quantize and amax kernel, and what the passes fuse of layers.
 
 ``share`` is bytes that must move / time over the bandwidth of a large copy in the same run. Bytes
 that must move: every input tensor read once and every output written once. A chain of several
 kernels, or a kernel that reads twice, is charged for it by its share.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-import lpcompile.lowerings  # noqa: F401  registers them with Inductor
 from lpcompile import gemm, ops
-from lpcompile.bench.models import Llama, linears
+from lpcompile.bench import fused as fused_ops
+from lpcompile.bench.fused import Call
+from lpcompile.bench.models import EXPERTS, Layer, Llama, experts_layer, linears, llama_layer
 from lpcompile.bench.report import Row
 from lpcompile.bench.timing import copy_bandwidth, interleave
-from lpcompile.ops import micro_source
 from lpcompile.ops.pointwise import IDENTITY
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -122,30 +121,8 @@ def _dequantized(x: Tensor) -> tuple[Any, ...]:
     return ops.quantize_mxfp8.op(x, E4M3, False)
 
 
-# gate, up and dh of SwiGLU -> the gradients of gate and up, and h, as ``passes/fuse.py`` writes it.
-SWIGLU = (
-    "full full full; bf16 v0 = mul(i0, i1); float v1 = v0; float v2 = i2; float v3 = sigmoid(v2);"
-    " float v4 = mul(v1, v3); float v5 = sub(1.0, v3); float v6 = mul(v2, v5);"
-    " float v7 = add(v6, 1.0); float v8 = mul(v4, v7); bf16 v9 = v8; float v10 = mul(v2, v3);"
-    " bf16 v11 = v10; bf16 v12 = mul(v11, i1); bf16 v13 = mul(i0, v11); v9 v12 v13"
-)
-SILU_MUL = "full full; float v0 = i0; float v1 = sigmoid(v0); float v2 = mul(v0, v1);"
-SILU_MUL += " bf16 v3 = v2; bf16 v4 = mul(v3, i1); v4"
-WANTS = ["column0", "row0", "column1", "column2", "row2"]
-FORMS = [f"{r} row e4m3 pow2 {way}" for r, way in ("0t", "0n", "1t", "2t", "2n")]  # of WANTS
-
-
-def _swiglu_amax(x: Tensor) -> tuple[Any, ...]:
-    return ([x, torch.randn_like(x), torch.randn_like(x)], SWIGLU, WANTS)
-
-
-def _swiglu_cast(x: Tensor) -> tuple[Any, ...]:
-    inputs, program, wants = _swiglu_amax(x)
-    return (inputs, ops.fused_amax.op(inputs, program, wants), program, FORMS)
-
-
-def _silu_mul(x: Tensor) -> tuple[Any, ...]:
-    return ([x, torch.randn_like(x)], SILU_MUL, E4M3, True)
+def _swizzled(values: Tensor, scales: Tensor) -> tuple[Any, ...]:
+    return (values, ops.swizzle.op(scales))
 
 
 def _row_and_columns(x: Tensor) -> tuple[Any, ...]:
@@ -160,19 +137,7 @@ def _stochastic(x: Tensor) -> tuple[Any, ...]:
     return (x, ops.amax_tensor.op(x), gemm.new_seed(x.device), 0)
 
 
-def _cast_micro(x: Tensor, *forms: str) -> tuple[Any, ...]:
-    """SiLU*mul, narrowed to forms."""
-    names = [name for form in forms if (name := micro_source.parse_form(form).amax)]
-    inputs = [x, torch.randn_like(x)]
-    amaxes = ops.fused_amax_micro.op(inputs, SILU_MUL, names) if names else []
-    return (inputs, amaxes, gemm.new_seed(x.device), SILU_MUL, list(forms))
-
-
-def _amax_micro(x: Tensor) -> tuple[Any, ...]:
-    return ([x, torch.randn_like(x)], SILU_MUL, ["tensor0", "hadamard0"])
-
-
-# Arguments for every op but the GEMMs, given x[R, C] bf16.
+# Arguments for every op but the GEMMs and the fused, given x[R, C] bf16.
 KERNELS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
     ops.amax_column: _alone,
     ops.amax_column_grouped: _grouped,
@@ -180,11 +145,6 @@ KERNELS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
     ops.amax_tensor: _alone,
     ops.amax_tensor_grouped: _grouped,
     ops.dequantize: _dequantized,
-    ops.fused_amax: _swiglu_amax,
-    ops.fused_amax_micro: _amax_micro,
-    ops.fused_cast: _swiglu_cast,
-    ops.fused_cast_micro: lambda x: _cast_micro(x, "0 n 1 rceil swizzled", "0 t 1 rceil swizzled"),
-    ops.fused_quantize_row: _silu_mul,
     ops.hadamard: _signs,
     ops.quantize_fp8_block: _narrow,
     ops.quantize_fp8_block_grouped_t: _grouped_blocks,
@@ -214,6 +174,8 @@ KERNELS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
 # Ops again, and what is special about their arguments.
 MORE: tuple[tuple[Any, str, Callable[[Tensor], tuple[Any, ...]]], ...] = (
     (ops.dequantize, "nvfp4", lambda x: ops.quantize_nvfp4.op(*_nearest(x))),
+    (ops.dequantize, "swizzled", lambda x: _swizzled(*_dequantized(x))),
+    (ops.dequantize, "nvfp4 swizzled", lambda x: _swizzled(*ops.quantize_nvfp4.op(*_nearest(x)))),
     (ops.amax_group, "hadamard", _grouped_signs),
     (ops.fused_quantize_row, "maxima of columns", _row_and_columns),
     (ops.fused_quantize_row, "maxima of columns of groups", _row_and_columns_grouped),
@@ -221,51 +183,6 @@ MORE: tuple[tuple[Any, str, Callable[[Tensor], tuple[Any, ...]]], ...] = (
     (ops.quantize_nvfp4_grouped_t, "hadamard", _grouped_transformed),
     (ops.quantize_nvfp4_grouped_t, "hadamard stochastic", _grouped_stochastic),
     (ops.quantize_nvfp4_t, "stochastic", _stochastic),
-    (ops.fused_cast_micro, "nvfp4", lambda x: _cast_micro(x, "0 n 1 nearest swizzled")),
-    (ops.fused_cast_micro, "nvfp4 hadamard", lambda x: _cast_micro(x, "0 h 1 nearest swizzled")),
-    (ops.fused_cast_micro, "nvfp4 stochastic", lambda x: _cast_micro(x, "0 n 1 draw0 swizzled")),
-    (
-        ops.fused_cast_micro,
-        "nvfp4 hadamard stochastic",
-        lambda x: _cast_micro(x, "0 h 1 draw1 swizzled"),
-    ),
-)
-
-
-def _norm_row(x: Tensor, w: Tensor) -> Any:
-    return ops.quantize_fp8_row.op(F.rms_norm(x, w.shape, w), E4M3, True)
-
-
-def _norm_block(x: Tensor, w: Tensor) -> Any:
-    return ops.quantize_fp8_block.op(F.rms_norm(x, w.shape, w), E4M3, True)
-
-
-def _silu_row(gate: Tensor, up: Tensor) -> Any:
-    return ops.quantize_fp8_row.op(F.silu(gate) * up, E4M3, True)
-
-
-def _silu_amax(gate: Tensor, up: Tensor) -> Any:
-    h = F.silu(gate) * up
-    return h, ops.amax_tensor.op(h)
-
-
-def _silu_backward_row(dh: Tensor, gate: Tensor, up: Tensor) -> Any:
-    """The gradients of gate and up, narrowed for dgrad."""
-    half = torch.sigmoid(gate.float())
-    dgate = (dh.float() * up * half * (1 + gate.float() * (1 - half))).to(dh.dtype)
-    dup = (dh.float() * gate * half).to(dh.dtype)
-    quantize = ops.quantize_fp8_row.op
-    return *quantize(dgate, E4M3, True), *quantize(dup, E4M3, True)
-
-
-# (function, what it reads, how many of it, whether a vector [C] comes last): compiled by Inductor
-# with our lowerings; one kernel each where they fuse.
-COMPILED: tuple[tuple[Callable[..., Any], str, int, bool], ...] = (
-    (_norm_row, "x", 1, True),
-    (_norm_block, "x", 1, True),
-    (_silu_row, "h", 2, False),
-    (_silu_amax, "h", 2, False),
-    (_silu_backward_row, "h", 3, False),
 )
 
 
@@ -293,61 +210,66 @@ def shapes(model: Llama) -> list[Shape]:
     return made + [Shape(name, n, k) for (n, k), name in weights.items()]
 
 
+RECIPES = ("fp8_rowwise", "fp8_tensorwise", "fp8_blockwise", "mxfp8", "nvfp4")
+
+
 def measure(
-    models: Sequence[Llama], device: torch.device, repeats: int, *, compiled: bool
+    models: Sequence[Llama], device: torch.device, repeats: int, *, fused: bool
 ) -> tuple[list[Row], float]:
-    """One row an op and shape, and the bytes/s of a copy. The ops of one shape are interleaved."""
+    """One row a call, and the bytes/s of a copy. The calls of one shape or layer are interleaved.
+
+    fused: also what the passes make of each model's FFN and of experts.
+    """
     copy = copy_bandwidth(device, repeats, 2**30 if device.type == "cuda" else 2**22)
-    torch._dynamo.reset()
-    rows = []
-    everything = [(f"{model.name} {s.what}", s) for model in models for s in shapes(model)]
-    if device.type == "cuda":
-        everything += [(shape.what, shape) for shape in OF_EXPERTS]
-    for of, shape in everything:
-        functions, read, written = {}, {}, {}
-        for name, function, inputs in _functions(shape, device, compiled):
-            functions[name], read[name] = function, _bytes(inputs)
-            written[name] = _bytes(function())
-        for name, timing in interleave(functions, device, repeats, written).items():
-            bandwidth = (read[name] + written[name]) / (timing.ms * 1e-3)
-            rows.append(
-                {
-                    "kernel": name,
-                    "of": of,
-                    "R": shape.R,
-                    "C": shape.C,
-                    "us": timing.ms * 1e3,
-                    "TB/s": bandwidth / 1e12,
-                    "share": bandwidth / copy,
-                }
-            )
+    rows: list[Row] = []
+    for model in models:
+        for shape in shapes(model):
+            rows += _rows(f"{model.name} {shape.what}", _calls(shape, device), repeats, copy)
+    for shape in OF_EXPERTS if device.type == "cuda" else ():
+        rows += _rows(shape.what, _calls(shape, device), repeats, copy)
+    for layer in _layers(models, device) if fused else ():
+        for recipe in RECIPES:
+            calls = fused_ops.calls(layer, recipe, device)
+            rows += _rows(f"{layer.model}, {recipe}", calls, repeats, copy)
     order = {name: i for i, name in enumerate(dict.fromkeys(row["kernel"] for row in rows))}
     return sorted(rows, key=lambda row: order[row["kernel"]]), copy
 
 
-def _functions(
-    shape: Shape, device: torch.device, compiled: bool
-) -> Iterator[tuple[str, Callable[[], Any], tuple[Any, ...]]]:
-    """(name, what to time, its inputs) for everything that runs on a tensor of this shape."""
+def _rows(of: str, calls: Sequence[Call], repeats: int, copy: float) -> list[Row]:
+    moved: list[int] = []
+    written: dict[str, int] = {}
+    for call in calls:
+        written[str(len(moved))] = num_bytes = _bytes(call.function())
+        moved.append(_bytes(call.tensors) + num_bytes)
+    functions = {str(i): call.function for i, call in enumerate(calls)}
+    if not calls:
+        return []
+    device = next(t for t in tree_leaves(calls[0].tensors) if isinstance(t, Tensor)).device
+    timings = interleave(functions, device, repeats, written)
+    rows: list[Row] = []
+    for call, num_bytes, timing in zip(calls, moved, timings.values(), strict=True):
+        bandwidth = num_bytes / (timing.ms * 1e-3)
+        row = {"kernel": call.name, "of": of, "R": call.R, "C": call.C, "us": timing.ms * 1e3}
+        rows.append(row | {"TB/s": bandwidth / 1e12, "share": bandwidth / copy})
+    return rows
 
-    def randn(*size: int) -> Tensor:
-        return torch.randn(size, device=device, dtype=torch.bfloat16)
 
-    x = randn(shape.R, shape.C)
-    for module, arguments in KERNELS.items():
-        given = arguments(x)
-        yield name_of(module), partial(module.op, *given), given
-    for module, what, arguments in MORE:
-        given = arguments(x)
-        yield f"{name_of(module)} ({what})", partial(module.op, *given), given
-    for function, reads, num_inputs, has_vector in COMPILED if compiled else ():
-        if reads != shape.what:
-            continue
-        given = (x, *(randn(shape.R, shape.C) for _ in range(num_inputs - 1)))
-        given += (randn(shape.C),) if has_vector else ()
-        fast = torch.compile(function, fullgraph=True, dynamic=False)
-        name = function.__name__.strip("_") + " (compiled)"
-        yield name, partial(fast, *given), given
+def _calls(shape: Shape, device: torch.device) -> list[Call]:
+    """Every op that is on its own, on a tensor of this shape."""
+    x = torch.randn(shape.R, shape.C, device=device, dtype=torch.bfloat16)
+    named = [(name_of(module), module, of) for module, of in KERNELS.items()]
+    named += [(f"{name_of(module)} ({what})", module, of) for module, what, of in MORE]
+    made = []
+    for name, module, of in named:
+        given = of(x)
+        made.append(Call(name, shape.R, shape.C, partial(module.op, *given), given))
+    return made
+
+
+def _layers(models: Sequence[Llama], device: torch.device) -> list[Layer]:
+    experts = EXPERTS["deepseek-v3-16b" if device.type == "cuda" else "tiny"]
+    ffns = [llama_layer("ffn", model) for model in models]
+    return [*ffns, experts_layer(experts, ragged=True)]
 
 
 def name_of(module: Any) -> str:

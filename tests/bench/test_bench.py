@@ -7,10 +7,22 @@ import torch
 
 from lpcompile import ops
 from lpcompile.__main__ import main
-from lpcompile.bench import gemms, kernels, layers, machine, models, moe, profile, report, variants
+from lpcompile.bench import (
+    fused,
+    gemms,
+    kernels,
+    layers,
+    machine,
+    models,
+    moe,
+    profile,
+    report,
+    variants,
+)
 from lpcompile.bench.timing import Timing, interleave
 from lpcompile.errors import ShapeError
-from lpcompile.ops import groups
+from lpcompile.ops import fused_source, groups
+from lpcompile.ops.define import same_bits
 from lpcompile.recipes import RECIPES
 
 CPU = torch.device("cpu")
@@ -25,7 +37,7 @@ def run(tmp_path, *arguments):
 
 
 def test_every_op_but_the_gemms_is_measured():
-    assert set(kernels.KERNELS) | set(kernels.GEMMS) == set(ops.ALL)
+    assert set(kernels.KERNELS) | set(kernels.GEMMS) | set(fused.FUSED) == set(ops.ALL)
 
 
 @pytest.mark.parametrize("part", ["ffn", "block"])
@@ -167,13 +179,25 @@ def product_of(product, lhs, rhs):
 
 
 def test_kernels_are_charged_for_the_bytes_of_their_tensors(tmp_path):
-    result = run(tmp_path, "kernels", "--model", "tiny", "--no-compiled")[0]
+    result = run(tmp_path, "kernels", "--model", "tiny", "--no-fused")[0]
     tokens, dim = models.LLAMAS["tiny"].tokens, models.LLAMAS["tiny"].dim
     row = next(r for r in result.rows if (r["kernel"], r["of"]) == ("quantize_fp8_row", "tiny x"))
     moved = 3 * tokens * dim + 4 * tokens
     assert row["TB/s"] * 1e12 * row["us"] * 1e-6 == pytest.approx(moved)
     measured = {r["kernel"].partition(" (")[0] for r in result.rows}
     assert measured == {kernels.name_of(op) for op in kernels.KERNELS}
+
+
+def test_what_the_passes_fuse_is_called_with_what_a_layer_gives_it():
+    layer = models.llama_layer("ffn", models.LLAMAS["tiny"])
+    calls = fused.calls(layer, "fp8_rowwise", torch.device("cpu"))
+    h = ("fused_quantize_row: row n of 2 inputs", layer.tokens, models.LLAMAS["tiny"].hidden)
+    assert h in [call[:3] for call in calls]
+    casts = [call.tensors for call in calls if call.name.startswith("fused_cast:")]
+    assert len(casts) > 3
+    for inputs, amaxes, program, forms, *_ in casts:
+        wants = [fused_source.parse_form(form).amax for form in forms]
+        assert same_bits(amaxes, ops.fused_amax.reference(inputs, program, wants)) == ""
 
 
 def test_a_profile_says_what_each_kernel_is(tmp_path):
@@ -365,7 +389,9 @@ def test_the_tool_measures_a_gpu(tmp_path):
     (result,) = report.load([out])
     measured = {r["kernel"] for r in result.rows}
     assert measured >= {kernels.name_of(op) for op in kernels.KERNELS}
-    assert len(measured) == len(kernels.KERNELS) + len(kernels.MORE) + len(kernels.COMPILED)
+    assert {name.partition(":")[0] for name in measured} >= {
+        kernels.name_of(op) for op in fused.FUSED
+    }
     assert result.machine["capability"]
     for what in (["gemm"], ["model", *forced, "--passes", "1"], ["experts", "--ragged", *forced]):
         assert main(["bench", *what, *common, str(out)]) == 0
