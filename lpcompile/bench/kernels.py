@@ -2,7 +2,8 @@
 
 ``share`` is bytes that must move / time over the bandwidth of a large copy in the same run. Bytes
 that must move: every input tensor read once and every output written once. A chain of several
-kernels, or a kernel that reads twice, is charged for it by its share.
+kernels, or a kernel that reads twice, is charged for it by its share. ``copy`` copies one tensor,
+and pays what any kernel of that size pays for its launch and its last programs.
 """
 
 from collections.abc import Callable, Sequence
@@ -255,11 +256,11 @@ def _rows(of: str, calls: Sequence[Call], repeats: int, copy: float) -> list[Row
 
 
 def _calls(shape: Shape, device: torch.device) -> list[Call]:
-    """Every op that is on its own, on a tensor of this shape."""
+    """A copy of a tensor of this shape, then every op that is on its own."""
     x = torch.randn(shape.R, shape.C, device=device, dtype=torch.bfloat16)
     named = [(name_of(module), module, of) for module, of in KERNELS.items()]
     named += [(f"{name_of(module)} ({what})", module, of) for module, what, of in MORE]
-    made = []
+    made = [Call("copy", shape.R, shape.C, partial(torch.empty_like(x).copy_, x), (x,))]
     for name, module, of in named:
         given = of(x)
         made.append(Call(name, shape.R, shape.C, partial(module.op, *given), given))

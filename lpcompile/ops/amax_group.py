@@ -51,7 +51,12 @@ def kernel(
         best = tl.zeros([BN, BC], tl.float32)
         for start in range(begin, tl.minimum(begin + ROWS, last), BN * 16):
             run = start + tl.arange(0, BN) * 16
-            rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 16, SIGNS)
+            if SIGNS is None:
+                whole = (start + BN * 16 <= last) & (tl.program_id(0) * BC + BC <= C)
+                rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 16, whole)
+            else:  # masks are no more than what two ways to load cost its registers
+                rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 16, False)
+                rows = hadamard.transformed(rows, SIGNS)
             best = fp8.larger(best, group_tile.amax(rows))
         amax = fp8.bits_of_amax(tl.reduce(tl.reduce(best, 0, fp8.larger), 0, fp8.larger))
         tl.atomic_max(amax_ptr + group, amax, sem="relaxed")

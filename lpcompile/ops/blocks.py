@@ -50,6 +50,11 @@ def runs_native(x: Tensor) -> bool:
     return torch.cuda.get_device_capability(x.device)[0] == 10
 
 
+def compares_pairs(x: Tensor) -> bool:
+    """Whether the device of x compares 16-bit integers two at a time: capability 9.0 and up."""
+    return torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
 @triton.jit
 def tile_amax(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
     """``shared_amax`` of a bf16 tile x[BR, BC], BR a multiple of ROWS."""

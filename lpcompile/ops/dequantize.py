@@ -24,6 +24,7 @@ from lpcompile.ops import (
     quantize_mxfp8,
     quantize_nvfp4,
     swizzle,
+    turned,
 )
 from lpcompile.ops.define import define, same_bits
 
@@ -64,6 +65,58 @@ def _one_nan(x: Tensor) -> Tensor:
 
 
 @triton.jit
+def from_e4m3(word):
+    """Four e4m3 in an int32 -> four fp32 tiles, the lowest byte first: two conversions."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high, h<4>;
+        .reg .b32 p, q;
+        mov.b32 {low, high}, $4;
+        cvt.rn.f16x2.e4m3x2 p, low;
+        cvt.rn.f16x2.e4m3x2 q, high;
+        mov.b32 {h0, h1}, p;
+        mov.b32 {h2, h3}, q;
+        cvt.f32.f16 $0, h0;
+        cvt.f32.f16 $1, h1;
+        cvt.f32.f16 $2, h2;
+        cvt.f32.f16 $3, h3;
+        }""",
+        "=f,=f,=f,=f,r", [word],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def eight(codes, FP4: tl.constexpr):
+    """Eight codes, an int32 of e2m1 or int64 of e4m3 -> eight fp32 tiles, the lowest first."""
+    out = ()
+    if FP4:
+        for k in tl.static_range(8):
+            out = out + (fp4.decode(codes, k),)  # type: ignore[assignment]
+    else:
+        out = from_e4m3(codes.to(tl.int32)) + from_e4m3((codes >> 32).to(tl.int32))
+    return out
+
+
+@triton.jit
+def pair(low, high, PAIRS: tl.constexpr):
+    """Two fp32 tiles -> an int32 of both in bf16, with the one NaN that torch writes."""
+    if PAIRS:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 both, nan;
+            cvt.rn.bf16x2.f32 both, $2, $1;
+            mov.b32 nan, 0x7FC07FC0;
+            min.s16x2 $0, both, nan;
+            }""",
+            "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    a = tl.where(low == low, low.to(tl.bfloat16).to(tl.int16, bitcast=True), 0x7FC0)
+    b = tl.where(high == high, high.to(tl.bfloat16).to(tl.int16, bitcast=True), 0x7FC0)
+    return (a.to(tl.int32) & 0xFFFF) | (b.to(tl.int32) << 16)
+
+
+@triton.jit
 def kernel(
     values_ptr,
     scales_ptr,
@@ -72,47 +125,50 @@ def kernel(
     K,
     FP4: tl.constexpr,
     SWIZZLED: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BN: tl.constexpr,
+    REPEATS: tl.constexpr,
 ):
     BLOCK: tl.constexpr = 16 if FP4 else 32
-    BYTES: tl.constexpr = BK // 2 if FP4 else BK
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
-    n = tl.program_id(1) * (BK // BLOCK) + tl.arange(0, BK // BLOCK)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)  # which eight elements of a row
+    word = tl.program_id(1) * (BN * 4) + tl.arange(0, BN * 4)  # and which two
     blocks_in_row = K // BLOCK
-    if SWIZZLED:
-        at = swizzle.offset(r[:, None], n[None, :], (blocks_in_row + 3) // 4 * 4)
-    else:
-        at = r[:, None].to(tl.int64) * blocks_in_row + n[None, :]
-    scale = tl.load(
-        scales_ptr + at, mask=(r < R)[:, None] & (n < blocks_in_row)[None, :], other=0.0
-    )
-    b = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
-    bytes_in_row = K // 2 if FP4 else K
-    values = tl.load(
-        values_ptr + r[:, None].to(tl.int64) * bytes_in_row + b[None, :],
-        mask=(r < R)[:, None] & (b < bytes_in_row)[None, :],
-        other=0.0,
-    )
-    if FP4:
-        x = blocks.tile_scaled(fp4.tile_decode(values), scale.to(tl.float32))
-    else:
-        x = blocks.tile_scaled(values.to(tl.float32), mx.decoding(scale.to(tl.int32)))
-    bits = x.to(tl.bfloat16).to(tl.int16, bitcast=True)
-    bits = tl.where(x == x, bits, 0x7FC0)
-    k = tl.program_id(1) * BK + tl.arange(0, BK)
-    out = r[:, None].to(tl.int64) * K + k[None, :]
-    tl.store(x_ptr + out, bits, mask=(r < R)[:, None] & (k < K)[None, :])
+    codes = ()
+    scales = ()
+    for i in tl.static_range(REPEATS):  # all are read before one is written
+        r = tl.program_id(0) * REPEATS + i
+        block = n // (BLOCK // 8)
+        if SWIZZLED:
+            at = swizzle.offset(r, block, (blocks_in_row + 3) // 4 * 4)
+        else:
+            at = r.to(tl.int64) * blocks_in_row + block
+        live = (r < R) & (n < K // 8)
+        code = tl.load(values_ptr + r.to(tl.int64) * (K // 8) + n, mask=live, other=0)
+        codes = codes + (code,)  # type: ignore[assignment]
+        scales = scales + (tl.load(scales_ptr + at, mask=live, other=0.0),)  # type: ignore[assignment]
+    for i in tl.static_range(REPEATS):
+        r = tl.program_id(0) * REPEATS + i
+        scale = scales[i].to(tl.float32) if FP4 else mx.decoding(scales[i].to(tl.int32))
+        v = eight(codes[i], FP4)
+        words = ()
+        for k in tl.static_range(4):
+            both = pair(v[2 * k] * scale, v[2 * k + 1] * scale, PAIRS)
+            words = words + (both,)  # type: ignore[assignment]
+        four = turned.joined(turned.joined(words, 2), 1)[0]
+        at = r.to(tl.int64) * (K // 2) + word
+        tl.store(x_ptr + at, tl.reshape(four, (BN * 4,)), mask=(r < R) & (word < K // 2))
 
 
 def fill(values: Tensor, scales: Tensor, x: Tensor) -> Tensor:
     """Run the kernel into x[..., R, K], whose matrices follow each other."""
     K = x.shape[-1]
     R = x.numel() // K
-    BR, BK = 16, 256
-    kernel[(triton.cdiv(R, BR), triton.cdiv(K, BK))](
-        values, scales, x.view(torch.int16), R, K,
-        is_fp4(values), scales.dim() == 1, BR, BK, num_warps=4,
+    codes = values.view(torch.int32 if is_fp4(values) else torch.int64)
+    BN = 512 if K % 4096 == 0 else 256
+    repeats = 2
+    kernel[(triton.cdiv(R, repeats), triton.cdiv(K, BN * 8))](
+        codes, scales, x.view(torch.int32), R, K,
+        is_fp4(values), scales.dim() == 1, blocks.compares_pairs(x), BN, repeats, num_warps=8,
     )  # fmt: skip
     return x
 

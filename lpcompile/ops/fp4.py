@@ -93,6 +93,12 @@ def unpack(values: Tensor) -> Tensor:
 
 
 @triton.jit
+def smaller(a, b):
+    """The smaller, NaN if either is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def tile_tensor_scale(amax):
     """``tensor_scale``, in a kernel."""
     scale = tl.minimum(tl.div_rn(2688.0, amax), 3.4028234663852886e38)
@@ -103,9 +109,8 @@ def tile_tensor_scale(amax):
 @triton.jit
 def tile_block_scale(amax, tensor):
     """``block_scale``, in a kernel."""
-    scale = tl.minimum(amax * (tensor * (1 / 6)), 448.0)
-    known = tensor.to(tl.int32, bitcast=True) < 0x7F800000
-    finite = (amax.to(tl.int32, bitcast=True) < 0x7F800000) & known
+    scale = smaller(amax * (tensor * (1 / 6)), 448.0)
+    finite = amax.to(tl.int32, bitcast=True) < 0x7F800000
     return tl.where(finite, scale, float("nan")).to(tl.float8e4nv)
 
 
@@ -113,8 +118,7 @@ def tile_block_scale(amax, tensor):
 def tile_encode_scale(s, tensor):
     """``encode_scale``, in a kernel; a NaN scale stays NaN."""
     wide = s.to(tl.float32)
-    enc = tl.minimum(tl.div_rn(1.0, wide * tl.div_rn(1.0, tensor)), 3.4028234663852886e38)
-    return tl.where(wide == wide, enc, float("nan"))
+    return smaller(tl.div_rn(1.0, wide * tl.div_rn(1.0, tensor)), 3.4028234663852886e38)
 
 
 @triton.jit
@@ -139,7 +143,7 @@ def eighths(x):
 
 @triton.jit
 def code_above(v, word, STOCHASTIC: tl.constexpr):
-    """The code of |v| fp32, plus ABOVE, as uint32.
+    """The code of |v| fp32, plus 254, as uint32; nearest, with the exponent of 2^(e + 22) above.
 
     With 2^e the power of two at or below |v|, at least 1, grid points are 2^(e - 1) apart, and the
     code is |v| in such steps, plus 2e. Nearest: adding 2^(e + 22) rounds to that step, in the
@@ -154,7 +158,7 @@ def code_above(v, word, STOCHASTIC: tl.constexpr):
         code = (steps + 0xFFFFFF - (word >> 8).to(tl.int32) >> 24) + (power >> 22)
     else:
         rounded = tl.fma(power.to(tl.float32, bitcast=True), 4194304.0, a)
-        code = rounded.to(tl.int32, bitcast=True) + ((power >> 22) - power)
+        code = rounded.to(tl.int32, bitcast=True) + (power >> 22)
     return code.to(tl.uint32, bitcast=True)
 
 
@@ -188,15 +192,17 @@ def tile_packed(v, index, seed, draw, STOCHASTIC: tl.constexpr, NATIVE: tl.const
     v = eighths(v)
     if NATIVE:
         return native_stochastic(v, index, seed, draw) if STOCHASTIC else native_nearest(v)
-    ABOVE: tl.constexpr = 254 if STOCHASTIC else 254 + (22 << 23)
     packed = tl.zeros(v[0].shape, tl.uint32)
     for i in tl.static_range(8):
         # The sign last, where one instruction shifts it in.
         sign = v[7 - i].to(tl.uint32, bitcast=True) >> 31
         word = tile_words(seed, draw, index + (7 - i)) if STOCHASTIC else 0
-        packed = (packed << 4) + ((code_above(v[7 - i], word, STOCHASTIC) << 1) | sign)
+        code = code_above(v[7 - i], word, STOCHASTIC)
+        if not STOCHASTIC and i >= 6:  # of the others, the exponent leaves the word
+            code &= 0x7FFFFF
+        packed = (packed << 4) + ((code << 1) | sign)
     # What is above each code, once for all eight; then each sign before its code.
-    packed -= ABOVE * 0x22222222 & 0xFFFFFFFF
+    packed -= 254 * 0x22222222 & 0xFFFFFFFF
     packed = ((packed >> 1) & 0x77777777) | ((packed << 3) & 0x88888888)
     return packed.to(tl.int32, bitcast=True)
 
@@ -240,12 +246,9 @@ def native_stochastic(v, index, seed, draw):
 
 
 @triton.jit
-def tile_decode(values):
-    """Bytes[BR, BC / 2] uint8 -> fp32[BR, BC], exact."""
-    BR: tl.constexpr = values.shape[0]
-    HALF: tl.constexpr = values.shape[1]
-    wide = values.to(tl.int32)
-    codes = tl.reshape(tl.join(wide & 15, wide >> 4), (BR, HALF * 2))
-    # The code of e2m1, placed at the top of a bf16's or fp32's mantissa, is 2^-126 of its value.
-    small = (((codes & 7) << 22) | ((codes & 8) << 28)).to(tl.float32, bitcast=True)
-    return small * 8.507059173023462e37  # 2^126
+def decode(codes, k: tl.constexpr):
+    """The k-th of eight codes in an int32 -> fp32, exact."""
+    # The code of e2m1, placed at the top of an fp32's mantissa, is 2^-126 of its value.
+    top = codes << (22 - 4 * k) if k < 6 else codes >> (4 * k - 22)
+    small = (top & 0x01C00000) | ((codes << (28 - 4 * k)) & -0x80000000)
+    return small.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126

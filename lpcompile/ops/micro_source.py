@@ -89,8 +89,8 @@ def cast_source(program: str, forms: tuple[str, ...], even: bool, index: str) ->
         body.append(f"run = first + tl.arange(0, BM) * {size}")
         body += _rows(named, {f.amax or f"tensor{f.result}" for f in parsed}, size)
         for i, form in enumerate(parsed):
-            tile = f"{'hadamard' if form.way == 'h' else 'tensor'}{form.result}"
-            tile = f"turned.turned({tile}).to(tl.bfloat16)"
+            tile = f"turned.turned({form.amax or f'tensor{form.result}'})"
+            tile = f"pointwise.rounded({tile})" if form.way == "h" else tile
             body.append(_store(i, form, tile, index))
     return _module(program, forms, named, [*pointers, "M", "C"], body, even)
 

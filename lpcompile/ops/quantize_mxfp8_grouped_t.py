@@ -81,19 +81,24 @@ def kernel(
     # Tiles past the last group write the zeros between it and TP.
     stop = tl.where(group < E, begin // ALIGN + tl.cdiv(last - first, ALIGN), TP // ALIGN)
     block = begin // ALIGN * (ALIGN // 32) + index * BN
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
     run = first + (index * BN + tl.arange(0, BN)) * 32
-    rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 32, None)
-    byte = mx.encode(group_tile.amax(rows), LIMIT, EXPONENT, FLOOR, NATIVE)
-    scaled = group_tile.scaled(rows, mx.encoding(byte), run, last, None)
-    values = fp8.narrow(turned.turned(scaled), ELEMENT)  # [BC, BN * 32]
+    left = tl.program_id(0) * BC
+    c = left + tl.arange(0, BC)
+    whole = (first + (index + 1) * (BN * 32) <= last) & (left + BC <= C)
+    x = turned.turned(group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 32, whole))
+    byte = mx.encode(blocks.tile_amax(x, 1, 32), LIMIT, EXPONENT, FLOOR, NATIVE)
+    scaled = blocks.tile_scaled(x, mx.encoding(byte))
+    if not whole:  # zero where there is no token, under a NaN scale too
+        t = first + index * (BN * 32) + tl.arange(0, BN * 32)
+        scaled = tl.where((t < last)[None, :], scaled, 0.0)
     to = block * 32 + tl.arange(0, BN * 32)
     out = c[:, None].to(tl.int64) * TP + to[None, :]
-    tl.store(values_ptr + out, values, mask=(c < C)[:, None] & (to < stop * ALIGN)[None, :])
+    live = (c < C)[:, None] & (to < stop * ALIGN)[None, :]
+    tl.store(values_ptr + out, fp8.narrow(scaled, ELEMENT), mask=live)
     to = block + tl.arange(0, BN)
     out = c[:, None].to(tl.int64) * (TP // 32) + to[None, :]
-    scales = tl.trans(byte.to(tl.uint8))
-    tl.store(scales_ptr + out, scales, mask=(c < C)[:, None] & (to < stop * (ALIGN // 32))[None, :])
+    live = (c < C)[:, None] & (to < stop * (ALIGN // 32))[None, :]
+    tl.store(scales_ptr + out, byte.to(tl.uint8), mask=live)
 
 
 def launch(x: Tensor, offs: Tensor, element: torch.dtype, floor: bool) -> Made:

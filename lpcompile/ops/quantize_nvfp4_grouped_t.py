@@ -28,6 +28,7 @@ from lpcompile.ops import (
     group_tile,
     groups,
     hadamard,
+    pointwise,
     quantize_nvfp4,
     turned,
 )
@@ -100,23 +101,35 @@ def kernel(
     stop = tl.where(group < E, begin // ALIGN + tl.cdiv(last - first, ALIGN), TP // ALIGN)
     index = index * SUB + tile % SUB
     block = begin // ALIGN * (ALIGN // 16) + index * BN
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
     run = first + (index * BN + tl.arange(0, BN)) * 16
-    rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 16, SIGNS)
     tensor = fp4.tile_tensor_scale(tl.load(amax_ptr + group, mask=group < E, other=0.0))
-    s = fp4.tile_block_scale(group_tile.amax(rows), tensor)
-    v = group_tile.scaled(rows, fp4.tile_encode_scale(s, tensor), run, last, SIGNS)
     seed = tl.load(seed_ptr) if STOCHASTIC else 0
     # Eight codes to a word; four words for 32 elements.
     word = block // 2 * 4 + tl.arange(0, BN * 2)
+    left = tl.program_id(0) * BC
+    c = left + tl.arange(0, BC)
+    whole = (first + (index + 1) * (BN * 16) <= last) & (left + BC <= C)
+    rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 16, whole)
+    if SIGNS is None:
+        x = turned.turned(rows)
+    else:
+        x = pointwise.rounded(turned.turned(hadamard.transformed(rows, SIGNS)))
+    s = fp4.tile_block_scale(blocks.tile_amax(x, 1, 16), tensor)
+    v = blocks.tile_scaled(x, fp4.tile_encode_scale(s, tensor))
+    if not whole:
+        # Zero where there is no token, under a NaN scale too; the transform spreads the tokens of
+        # a run over all of it.
+        SPREAD: tl.constexpr = 1 if SIGNS is None else 16
+        t = first + index * (BN * 16) + tl.arange(0, BN * 16) // SPREAD * SPREAD
+        v = tl.where((t < last)[None, :], v, 0.0)
     element = c[:, None].to(tl.int64) * TP + word[None, :] * 8  # the logical index of its first
-    packed = fp4.tile_packed(turned.turned(v), element, seed, draw, STOCHASTIC, NATIVE)
+    packed = fp4.tile_packed(v, element, seed, draw, STOCHASTIC, NATIVE)
     out = values_ptr.to(tl.pointer_type(tl.int32)) + c[:, None].to(tl.int64) * (TP // 8)
     live = (c < C)[:, None] & (word < stop * (ALIGN // 8))[None, :]
     tl.store(out + word[None, :], packed, mask=live)
     # Past the 32 tokens that share words the padding is zero under a NaN scale of the group too.
     full = run < first + tl.cdiv(last - first, 32) * 32
-    scales = tl.trans(tl.where(full[:, None], s.to(tl.uint8, bitcast=True), 0))
+    scales = tl.where(full[None, :], s.to(tl.uint8, bitcast=True), 0)
     to = block + tl.arange(0, BN)
     out = scales_ptr + c[:, None].to(tl.int64) * (TP // 16) + to[None, :]
     tl.store(out, scales, mask=(c < C)[:, None] & (to < stop * (ALIGN // 16))[None, :])

@@ -78,6 +78,7 @@ def assemble(monkeypatch):
     def run(capability, module, *args):
         monkeypatch.setattr(fp8, "runs_triton", lambda x: True)
         monkeypatch.setattr(blocks, "runs_native", lambda x: capability == 100)
+        monkeypatch.setattr(blocks, "compares_pairs", lambda x: True)
         assemblers = [Assembler(m.kernel, capability) for m in KERNELS]
         with monkeypatch.context() as patch:
             for m, assembler in zip(KERNELS, assemblers, strict=True):
