@@ -84,4 +84,5 @@ def _name(op: Any) -> str:
 def _makes(args: tuple[Any, ...]) -> str:
     """What is asked of a fused op: its forms, its amaxes, or rows."""
     texts = [a for a in args[1:] if isinstance(a, list) and a and isinstance(a[0], str)]
-    return ", ".join(texts[0]) if texts else "row n"
+    columns = ", maxima of columns" if True in args[4:5] else ""  # of ``fused_quantize_row``
+    return ", ".join(texts[0]) if texts else f"row n{columns}"

@@ -93,12 +93,6 @@ def unpack(values: Tensor) -> Tensor:
 
 
 @triton.jit
-def smaller(a, b):
-    """The smaller, NaN if either is."""
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def tile_tensor_scale(amax):
     """``tensor_scale``, in a kernel."""
     scale = tl.minimum(tl.div_rn(2688.0, amax), 3.4028234663852886e38)
@@ -109,8 +103,9 @@ def tile_tensor_scale(amax):
 @triton.jit
 def tile_block_scale(amax, tensor):
     """``block_scale``, in a kernel."""
-    scale = smaller(amax * (tensor * (1 / 6)), 448.0)
-    finite = amax.to(tl.int32, bitcast=True) < 0x7F800000
+    scale = tl.minimum(amax * (tensor * (1 / 6)), 448.0)
+    known = tensor.to(tl.int32, bitcast=True) < 0x7F800000
+    finite = (amax.to(tl.int32, bitcast=True) < 0x7F800000) & known
     return tl.where(finite, scale, float("nan")).to(tl.float8e4nv)
 
 
@@ -118,7 +113,8 @@ def tile_block_scale(amax, tensor):
 def tile_encode_scale(s, tensor):
     """``encode_scale``, in a kernel; a NaN scale stays NaN."""
     wide = s.to(tl.float32)
-    return smaller(tl.div_rn(1.0, wide * tl.div_rn(1.0, tensor)), 3.4028234663852886e38)
+    enc = tl.minimum(tl.div_rn(1.0, wide * tl.div_rn(1.0, tensor)), 3.4028234663852886e38)
+    return tl.where(wide == wide, enc, float("nan"))
 
 
 @triton.jit
@@ -143,7 +139,7 @@ def eighths(x):
 
 @triton.jit
 def code_above(v, word, STOCHASTIC: tl.constexpr):
-    """The code of |v| fp32, plus 254, as uint32; nearest, with the exponent of 2^(e + 22) above.
+    """The code of |v| fp32, plus ABOVE, as uint32.
 
     With 2^e the power of two at or below |v|, at least 1, grid points are 2^(e - 1) apart, and the
     code is |v| in such steps, plus 2e. Nearest: adding 2^(e + 22) rounds to that step, in the
@@ -158,7 +154,7 @@ def code_above(v, word, STOCHASTIC: tl.constexpr):
         code = (steps + 0xFFFFFF - (word >> 8).to(tl.int32) >> 24) + (power >> 22)
     else:
         rounded = tl.fma(power.to(tl.float32, bitcast=True), 4194304.0, a)
-        code = rounded.to(tl.int32, bitcast=True) + (power >> 22)
+        code = rounded.to(tl.int32, bitcast=True) + ((power >> 22) - power)
     return code.to(tl.uint32, bitcast=True)
 
 
@@ -192,17 +188,15 @@ def tile_packed(v, index, seed, draw, STOCHASTIC: tl.constexpr, NATIVE: tl.const
     v = eighths(v)
     if NATIVE:
         return native_stochastic(v, index, seed, draw) if STOCHASTIC else native_nearest(v)
+    ABOVE: tl.constexpr = 254 if STOCHASTIC else 254 + (22 << 23)
     packed = tl.zeros(v[0].shape, tl.uint32)
     for i in tl.static_range(8):
         # The sign last, where one instruction shifts it in.
         sign = v[7 - i].to(tl.uint32, bitcast=True) >> 31
         word = tile_words(seed, draw, index + (7 - i)) if STOCHASTIC else 0
-        code = code_above(v[7 - i], word, STOCHASTIC)
-        if not STOCHASTIC and i >= 6:  # of the others, the exponent leaves the word
-            code &= 0x7FFFFF
-        packed = (packed << 4) + ((code << 1) | sign)
+        packed = (packed << 4) + ((code_above(v[7 - i], word, STOCHASTIC) << 1) | sign)
     # What is above each code, once for all eight; then each sign before its code.
-    packed -= 254 * 0x22222222 & 0xFFFFFFFF
+    packed -= ABOVE * 0x22222222 & 0xFFFFFFFF
     packed = ((packed >> 1) & 0x77777777) | ((packed << 3) & 0x88888888)
     return packed.to(tl.int32, bitcast=True)
 
