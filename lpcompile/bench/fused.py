@@ -6,6 +6,7 @@ reaches a fused op is kept, to call the op with it again: real operands, amaxes 
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ FUSED = (
     ops.fused_cast,
     ops.fused_cast_micro,
     ops.fused_quantize_row,
+    ops.fused_wide_micro,
 )
 _MODULES = {module.op: module for module in FUSED}
 OPTIONS = {"codegen": "eager", "rewrite": "all"}
@@ -71,7 +73,8 @@ def calls(layer: Layer, recipe: str, device: torch.device) -> list[Call]:
     found: dict[tuple[Any, ...], Call] = {}
     for op, args in recorder.seen:
         (program,) = (a for a in args if isinstance(a, str))
-        R, C = args[0][pointwise.parse(program).large].shape
+        *rows, C = args[0][pointwise.parse(program).large].shape  # or a stack of matrices
+        R = prod(rows)
         name = f"{_name(op)}: {_makes(args)} of {len(args[0])} inputs"
         found.setdefault((name, R, C), Call(name, R, C, partial(op, *args), args))
     return list(found.values())
@@ -84,5 +87,6 @@ def _name(op: Any) -> str:
 def _makes(args: tuple[Any, ...]) -> str:
     """What is asked of a fused op: its forms, its amaxes, or rows."""
     texts = [a for a in args[1:] if isinstance(a, list) and a and isinstance(a[0], str)]
-    columns = ", maxima of columns" if True in args[4:5] else ""  # of ``fused_quantize_row``
-    return ", ".join(texts[0]) if texts else f"row n{columns}"
+    columns = any(a is True for a in args[4:])  # of ``fused_quantize_row``
+    rows = "row n, maxima of columns" if columns else "row n"
+    return ", ".join(texts[0]) if texts else rows

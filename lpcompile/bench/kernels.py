@@ -23,7 +23,8 @@ from lpcompile.bench.timing import copy_bandwidth, interleave
 from lpcompile.ops.pointwise import IDENTITY
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-GEMMS = (ops.scaled_mm, ops.scaled_grouped_mm)  # measured by `bench gemm` and `bench experts`
+# Measured by `bench gemm` and `bench experts`.
+GEMMS = (ops.scaled_mm, ops.scaled_grouped_mm, ops.wide_mm, ops.wide_grouped_mm)
 NUM_GROUPS = 8
 
 

@@ -189,16 +189,26 @@ def test_kernels_are_charged_for_the_bytes_of_their_tensors(tmp_path):
     assert measured == {"copy", *(kernels.name_of(op) for op in ops_alone)}
 
 
-def test_what_the_passes_fuse_is_called_with_what_a_layer_gives_it():
-    layer = models.llama_layer("ffn", models.LLAMAS["tiny"])
+FUSED = {  # layer, and what of it is quantized as SiLU*mul makes it
+    "ffn": (models.llama_layer("ffn", models.LLAMAS["tiny"]), models.LLAMAS["tiny"].hidden),
+    "experts": (
+        models.experts_layer(models.EXPERTS["tiny"], ragged=True),
+        models.EXPERTS["tiny"].hidden,
+    ),
+}
+
+
+@pytest.mark.parametrize(("layer", "hidden"), FUSED.values(), ids=FUSED)
+def test_what_the_passes_fuse_is_called_with_what_a_layer_gives_it(layer, hidden):
     calls = fused.calls(layer, "fp8_rowwise", torch.device("cpu"))
-    h = ("fused_quantize_row: row n of 2 inputs", layer.tokens, models.LLAMAS["tiny"].hidden)
+    h = ("fused_quantize_row: row n of 2 inputs", layer.tokens, hidden)
     assert h in [call[:3] for call in calls]
     casts = [call.tensors for call in calls if call.name.startswith("fused_cast:")]
     assert len(casts) > 3
-    for inputs, amaxes, program, forms, *_ in casts:
+    for inputs, amaxes, program, forms, *offs in casts:
         wants = [fused_source.parse_form(form).amax for form in forms]
-        assert same_bits(amaxes, ops.fused_amax.reference(inputs, program, wants)) == ""
+        made = ops.fused_amax.reference(inputs, program, wants, *offs)
+        assert same_bits(amaxes, made) == ""
 
 
 def test_a_profile_says_what_each_kernel_is(tmp_path):
