@@ -204,7 +204,7 @@ def test_what_the_passes_fuse_is_called_with_what_a_layer_gives_it(layer, hidden
     h = ("fused_quantize_row: row n of 2 inputs", layer.tokens, hidden)
     assert h in [call[:3] for call in calls]
     casts = [call.tensors for call in calls if call.name.startswith("fused_cast:")]
-    assert len(casts) > 3
+    assert len(casts) > 1
     for inputs, amaxes, program, forms, *offs in casts:
         wants = [fused_source.parse_form(form).amax for form in forms]
         made = ops.fused_amax.reference(inputs, program, wants, *offs)
