@@ -110,7 +110,7 @@ def launch(
         return block_scaled.launch(*sides, out_dtype)
     if torch.cuda.get_device_capability(a.device) < (8, 9):
         return reference(a, a_scale, b, b_scale, out_dtype, fast_accum)
-    if a_scale.dim() == 2 and not _suits_cublas(a, b):
+    if a_scale.dim() == 2 and not _suits_cublas(a, a_scale, b, b_scale):
         return _multiply_blocks(a, a_scale, b, b_scale, out_dtype)
     N = b.shape[0]
     if N % ALIGN:
@@ -128,13 +128,15 @@ def launch(
     return made[:, :N].to(out_dtype).contiguous()
 
 
-def _suits_cublas(a: Tensor, b: Tensor) -> bool:
+def _suits_cublas(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> bool:
     """Whether cuBLASLt multiplies operands in blocks.
 
-    On Hopper, where it takes whole blocks, rows of scales that start at multiples of 16 bytes, and
-    (for 128x128, torch 2.11) no stride between them but their number: K of 768 or 2816 is refused.
+    On Hopper, where it takes whole blocks, of 128x128 in one operand at most, rows of scales that
+    start at multiples of 16 bytes, and (for 128x128, torch 2.11) no stride between them but their
+    number: K of 768 or 2816 is refused.
     """
     whole = a.shape[1] % (4 * BLOCK) == 0 and a.shape[0] % 4 == 0 and b.shape[0] % ALIGN == 0
+    whole = whole and not (_is_square(a, a_scale) and _is_square(b, b_scale))
     return torch.cuda.get_device_capability(a.device)[0] == 9 and whole
 
 
@@ -142,6 +144,8 @@ def _multiply_blocks(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
     """The product of operands in blocks by our own kernels, as of one group."""
+    if _is_square(a, a_scale):  # of the first they take 1x128
+        a_scale = a_scale.repeat_interleave(BLOCK, 0)[: a.shape[0]]
     made = outputs(a, a_scale, b, b_scale, out_dtype, False)
     offs = torch.full((1,), a.shape[0], device=a.device, dtype=torch.int32)
     grouped_gemm.fill(a, a_scale, b[None], b_scale[None], offs, made, fast_accum=False)
@@ -218,9 +222,13 @@ def samples(device: str) -> list[tuple[Any, ...]]:
         (block(x, e4m3, True), square(w, e4m3, True)),
         (block(x, e4m3, True), block(w, e4m3, True)),
         (block(odd, e4m3, True), square(randn(21, 203), e4m3, True)),
+        (square(randn(300, 384), e4m3, True), block(randn(272, 384), e4m3, True)),
+        (square(odd, e4m3, True), square(randn(21, 203), e4m3, True)),
         (block(randn(300, 384), e4m3, True), square(randn(260, 384), e4m3, True)),
         (block(randn(300, 1024), e4m3, True), square(randn(272, 1024), e4m3, True)),
         (block(randn(300, 1024), e4m3, True), block(randn(272, 1024), e4m3, True)),
+        (square(randn(300, 1024), e4m3, True), block(randn(272, 1024), e4m3, True)),
+        (square(randn(300, 1024), e4m3, True), square(randn(272, 1024), e4m3, True)),
     ]
     bf16 = [(*a, *b, torch.bfloat16, False) for a, b in pairs]
     return [
