@@ -60,10 +60,8 @@ def test_the_gradient_of_x_is_summed_in_the_second_gemm(monkeypatch, recipe, dev
     made, count, (_, backward) = run(monkeypatch, model, x, recipe=recipe)
     assert count == 1
     assert not any(n.meta["val"].shape == x.shape for n in calls(backward, [aten.add.Tensor]))
-    products = (
-        ops.scaled_grouped_mm.op,
-        ops.wide_grouped_mm.op,
-    )  # emulated, where a GPU has no other
+    # The second is the first emulated, where a GPU has no other.
+    products = ops.scaled_grouped_mm.op, ops.wide_grouped_mm.op
     (product,) = (n for n in calls(backward, products) if n.kwargs)
     assert product.kwargs["addend"].target is product.target
     expected, count, _ = run(monkeypatch, model, x, recipe=recipe, folds=False)
