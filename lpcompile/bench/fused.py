@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpcompile import ops
 from lpcompile.backend import lowprec
-from lpcompile.bench.models import Layer, built
+from lpcompile.bench.models import Layer, built, drawn
 from lpcompile.bench.variants import static_shapes
 from lpcompile.ops import pointwise
 
@@ -63,7 +63,7 @@ class _Recorder(TorchDispatchMode):
 def calls(layer: Layer, recipe: str, device: torch.device) -> list[Call]:
     """The calls of fused ops in a forward and a backward of the layer, alike ones once."""
     torch._dynamo.reset()
-    module, inputs = built(layer, device), layer.inputs(device)
+    module, inputs = built(layer, device), drawn(layer, device)
     dy = torch.randn_like(inputs[0])
     with static_shapes():
         module.compile(backend=lowprec, fullgraph=True, options={**OPTIONS, "recipe": recipe})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
 from lpcompile import cost
-from lpcompile.bench.models import Layer, built
+from lpcompile.bench.models import Layer, built, drawn
 from lpcompile.bench.report import Row
 from lpcompile.bench.timing import interleave, synchronize
 from lpcompile.bench.variants import Variant, static_shapes
@@ -47,7 +47,7 @@ def compare(
     A variant that raises gives a row that says so: the others' numbers are not lost.
     """
     torch._dynamo.reset()
-    inputs = layer.inputs(device)
+    inputs = drawn(layer, device)
     dy = torch.randn_like(inputs[0])
     ready: list[Candidate] = []
     failures: dict[str, Row] = {}

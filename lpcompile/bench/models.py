@@ -321,6 +321,16 @@ def built(layer: Layer, device: torch.device) -> nn.Module:
         return layer.build().to(torch.bfloat16)
 
 
+def drawn(layer: Layer, device: torch.device) -> tuple[Tensor, ...]:
+    """The layer's inputs, from seed 1.
+
+    From the weights' own seed a row of x would be a row of a weight, and their product an outlier
+    that most of a gradient then comes from.
+    """
+    torch.manual_seed(1)
+    return layer.inputs(device)
+
+
 def leaf(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """A random input that needs a gradient."""
     return torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)

@@ -14,7 +14,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from lpcompile.bench.models import Layer, built
+from lpcompile.bench.models import Layer, built, drawn
 from lpcompile.bench.report import Row
 from lpcompile.bench.timing import synchronize
 from lpcompile.bench.variants import Variant, static_shapes
@@ -60,7 +60,7 @@ def measure(
 ) -> dict[str, list[Kernel]]:
     """The kernels of one step of each variant, after three steps that are not counted."""
     torch._dynamo.reset()
-    inputs = layer.inputs(device)
+    inputs = drawn(layer, device)
     dy = torch.randn_like(inputs[0])
     made = {}
     with static_shapes():

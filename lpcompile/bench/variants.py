@@ -16,6 +16,7 @@ from lpcompile.bench.models import (
     GroupedSwiGLU,
     Layer,
     built,
+    drawn,
     experts_layer,
     llama_layer,
 )
@@ -120,7 +121,7 @@ def warm_up(variants: Sequence[Variant], device: torch.device) -> None:
     layer = llama_layer("block", LLAMAS["tiny"])
     with static_shapes():
         for variant in [*variants[:1], *[v for v in variants if v.recipe][:1]]:
-            variant.apply(built(layer, device))(*layer.inputs(device)).sum().backward()
+            variant.apply(built(layer, device))(*drawn(layer, device)).sum().backward()
     experts = experts_layer(EXPERTS["tiny"], ragged=False)
     for variant in variants:
         if variant.is_peer:
