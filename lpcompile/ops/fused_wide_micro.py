@@ -103,8 +103,7 @@ def reference(
         else:
             values, scales = _of_whole(form, x, amax, seed)
         flat = dequantize.reference(values.flatten(0, -2), scales.flatten(0, -2))
-        wide = flat.unflatten(0, values.shape[:-1])
-        made.append(wide if form.way == "n" else wide.mT.contiguous().mT)
+        made.append(_empty(x, form, offs).copy_(flat.unflatten(0, values.shape[:-1])))
     return [*made, groups.padded_ends(offs, groups.ALIGN)] if offs is not None else made
 
 
