@@ -56,6 +56,8 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func in _MODULES:
+            if kwargs:
+                raise NotImplementedError(f"{func} is called with {sorted(kwargs)} by name")
             self.seen.append((func, args))
         return func(*args, **(kwargs or {}))
 
@@ -75,13 +77,14 @@ def calls(layer: Layer, recipe: str, device: torch.device) -> list[Call]:
         (program,) = (a for a in args if isinstance(a, str))
         *rows, C = args[0][pointwise.parse(program).large].shape  # or a stack of matrices
         R = prod(rows)
-        name = f"{_name(op)}: {_makes(args)} of {len(args[0])} inputs"
+        name = f"{name_of(_MODULES[op])}: {_makes(args)} of {len(args[0])} inputs"
         found.setdefault((name, R, C), Call(name, R, C, partial(op, *args), args))
     return list(found.values())
 
 
-def _name(op: Any) -> str:
-    return _MODULES[op].__name__.rpartition(".")[2]
+def name_of(module: Any) -> str:
+    """The op's name."""
+    return module.__name__.rpartition(".")[2]
 
 
 def _makes(args: tuple[Any, ...]) -> str:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lpcompile import gemm, ops
 from lpcompile.bench import fused as fused_ops
-from lpcompile.bench.fused import Call
+from lpcompile.bench.fused import Call, name_of
 from lpcompile.bench.models import EXPERTS, Layer, Llama, experts_layer, linears, llama_layer
 from lpcompile.bench.report import Row
 from lpcompile.bench.timing import copy_bandwidth, interleave
@@ -272,11 +272,6 @@ def _layers(models: Sequence[Llama], device: torch.device) -> list[Layer]:
     experts = EXPERTS["deepseek-v3-16b" if device.type == "cuda" else "tiny"]
     ffns = [llama_layer("ffn", model) for model in models]
     return [*ffns, experts_layer(experts, ragged=True)]
-
-
-def name_of(module: Any) -> str:
-    """The op's name."""
-    return module.__name__.rpartition(".")[2]
 
 
 def _bytes(tensors: Any) -> int:

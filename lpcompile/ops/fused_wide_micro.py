@@ -1,4 +1,4 @@
-"""What MXFP8 and NVFP4 copies of a pointwise program's results stand for, in bf16, from one read.
+"""What MXFP8 and NVFP4 copies of a pointwise program's results stand for, in bf16.
 
     inputs [M, C] or stacks [E, M, C] -> of every form the operand [R, K] bf16, without a tensor's
     scale; with offs[E], after them where padded groups end
@@ -8,8 +8,9 @@
     amaxes: one for each NVFP4 form, in order; seed[1] int64 if one is stochastic
 
 What ``dequantize`` makes of what a quantize op makes, where nobody needs it narrow: a GPU without
-block-scaled tensor cores multiplies that, and so x is read once and written once a copy. Copies of
-x.T lie in memory as x does, for a GEMM takes either. Made by ``passes/fuse_micro.py``.
+block-scaled tensor cores multiplies that. MXFP8's copies are made from one read of x, NVFP4's each
+from its own. Copies of x.T lie in memory as x does, for a GEMM takes either. Made by
+``passes/fuse_micro.py``.
 """
 
 from dataclasses import replace
@@ -218,7 +219,7 @@ def samples(device: str) -> list[tuple[Any, ...]]:
         ["0 n 1 draw2 plain", "0 gh 1 draw3 plain", "0 g 1 nearest plain", "1 gh 1 nearest plain"],
     )
     made: list[tuple[Any, ...]] = []
-    for inputs, program in fused_amax.programs(device):
+    for inputs, program in (*fused_amax.programs(device), *biased(device)):
         results = pointwise.run(pointwise.parse(program), inputs)
         M = len(results[0])
         offs = torch.tensor([0, M // 3, M // 3, M - M // 5], device=device, dtype=torch.int32)
@@ -237,6 +238,18 @@ def samples(device: str) -> list[tuple[Any, ...]]:
         given = [amax] if parse_form(form).amax else []
         made.append(([experts], given, None, pointwise.IDENTITY, [form], None))
     return made
+
+
+def biased(device: str) -> list[tuple[list[Tensor], str]]:
+    """Inputs and programs whose results past the last row, or column, are not zero."""
+    x, row, column = (
+        torch.randn(*shape, device=device, dtype=torch.bfloat16)
+        for shape in ((41, 70), (41, 1), (70,))
+    )
+    return [
+        ([x, column], "full column; bf16 v0 = add(i0, i1); v0"),
+        ([x, row], "full row; bf16 v0 = sub(i0, i1); v0"),
+    ]
 
 
 def _amax(x: Tensor, form: Form, offs: Tensor | None) -> Tensor:

@@ -20,7 +20,8 @@ E4M3 = torch.float8_e4m3fn
 class Form:
     """One narrow copy of one result.
 
-    way: "n" of x, "t" of x.T, "h" of x.T after the Hadamard transform.
+    way: "n" of x, "t" of x.T, "h" of x.T after the Hadamard transform; "g" and "gh" are the
+        last two group by group, which ``fused_wide_micro`` alone makes.
     rows: that share a scale, with 32 (MXFP8) or 16 (NVFP4) columns.
     how: "rceil" or "floor" (MXFP8), "nearest" or "draw3", the number of its random draw (NVFP4).
     swizzled: scales in the tiles of tensor cores.
@@ -45,7 +46,7 @@ class Form:
 
     @property
     def amax(self) -> str:
-        """The name of the tensor's amax that it reads; empty for MXFP8."""
+        """The name of the tensor's amax that it reads, or of groups stands for; empty for MXFP8."""
         if self.size == 32:
             return ""
         return f"{'hadamard' if self.way == 'h' else 'tensor'}{self.result}"

@@ -4,9 +4,10 @@
     a[M, Tp], b[N, Tp],   offs[E] -> [E, M, N]  wgrad: the columns of group e of both
 
 What ``scaled_grouped_mm`` does of MXFP8 and NVFP4 operands where it has dequantized them. Either
-may lie in memory the other way round. An amax, [1] for all groups or [E], is its tensor's: amax /
-2688 goes to the fp32 accumulator. Rows of [T, N] past offs[-1] are whatever they are; offs of wgrad
-are multiples of ``groups.ALIGN``. An addend, like the result, is added to what was rounded.
+may lie in memory the other way round. An amax is its tensor's, [1] or one a group, [E] (of a[T, K]
+where groups are of equal size): amax / 2688 goes to the fp32 accumulator. Rows of [T, N] past
+offs[-1] are whatever they are; offs of wgrad are multiples of ``groups.ALIGN``. An addend, like the
+result, is added to what was rounded.
 """
 
 from typing import Any
@@ -102,7 +103,9 @@ def _by_row(x: Tensor, amax: Tensor | None, num_groups: int, along_k: bool) -> T
     if amax is None:
         return torch.ones(1 if x.dim() == 2 else num_groups, device=x.device)
     scale = fp4.tensor_decode(amax)
-    if x.dim() == 3 or scale.numel() == 1:
+    if x.dim() == 3:
+        return scale.expand(num_groups).contiguous()
+    if scale.numel() == 1:
         return scale
     rows = x.shape[0] if along_k else x.shape[0] // num_groups
     return scale[:, None].expand(num_groups, rows).flatten()

@@ -85,8 +85,10 @@ def launch(
 ) -> Tensor:
     if not (a.shape[0] and b.shape[0] and a.shape[1]):
         return a.new_zeros((a.shape[0], b.shape[0]), dtype=out_dtype)
-    if a_amax is None or b_amax is None:
+    if a_amax is None and b_amax is None:
         return a @ b.t() if out_dtype == a.dtype else torch.mm(a, b.t(), out_dtype=out_dtype)
+    one = torch.full((1,), fp4.TENSOR_MAX, device=a.device)  # whose decode scale is 1
+    a_amax, b_amax = (one if amax is None else amax for amax in (a_amax, b_amax))
     made = outputs(a, b, out_dtype)
     scales = fp4.tensor_decode(a_amax), fp4.tensor_decode(b_amax)
     if grouped_gemm.suits_warpgroups(a, scales[0], b, scales[1]):

@@ -90,6 +90,9 @@ def wide():
         (["0 gh 1 draw5 plain", "0 g 1 nearest plain"], (of_groups, of_groups), offs),
     ):
         yield ops.fused_wide_micro, ([x], list(amaxes), seed, IDENTITY, forms, ends)
+    for inputs, program in ops.fused_wide_micro.biased("cpu"):
+        args = (inputs, [], None, program, ["0 n 1 rceil plain", "0 t 1 rceil plain"])
+        yield ops.fused_wide_micro, args
     each = [amax_tensor.reference(experts)]
     args = ([experts], each, None, IDENTITY, ["0 t 16 nearest plain"])
     yield ops.fused_wide_micro, args
