@@ -19,6 +19,7 @@ SWIGLU = (
     "full full; float v0 = i0; float v1 = sigmoid(v0); float v2 = mul(v0, v1); bf16 v3 = v2;"
     " bf16 v4 = mul(v3, i1); v4"
 )
+BIASED = "full column; bf16 v0 = add(i0, i1); v0"
 FORMS = {
     "mx n": (("0 n 1 rceil swizzled",), "ue8m0x2"),
     "mx n floor": (("0 n 1 floor plain",), ""),
@@ -76,6 +77,7 @@ def test_a_cast_assembles_for_hopper_and_blackwell_with_its_conversions(name, ca
     assert ".local" not in made.asm["ptx"]
 
 
+@pytest.mark.parametrize("program", [SWIGLU, BIASED], ids=["SwiGLU", "biased"])
 @pytest.mark.parametrize(
     "forms",
     [
@@ -86,11 +88,11 @@ def test_a_cast_assembles_for_hopper_and_blackwell_with_its_conversions(name, ca
         ("0 gh 1 draw0 plain",),
     ],
 )
-def test_wide_copies_assemble_for_hopper_and_no_maximum_leaves_its_warp(forms):
+def test_wide_copies_assemble_for_hopper_and_no_maximum_leaves_its_warp(forms, program):
     parsed = [parse_form(f) for f in forms]
     BM, BC, warps, columns = ops.fused_wide_micro._tile(parsed)
     grouped = wide_source.is_grouped(parsed)
-    kernel = ops.fused_wide_micro.kernel(SWIGLU, forms, not grouped)
+    kernel = ops.fused_wide_micro.kernel(program, forms, not grouped)
     tile = (BM, BC, False, not grouped)
     made = assembled(kernel, 90, tile, num_warps=warps, COLUMNS=columns, EP=64)
     assert made.asm["cubin"][:4] == b"\x7fELF"
