@@ -40,6 +40,7 @@ POINTWISE: dict[Any, str] = {
     prims.convert_element_type.default: "",
     aten._to_copy.default: "",
 }
+DEEPEST = 64  # ops, one on the other: more are more than any kernel holds
 LARGE = ("full", "wide")  # kinds of inputs as large as the result
 NAMES = {torch.bfloat16: "bf16", torch.float32: "float", torch.bool: "bool"}
 
@@ -65,6 +66,7 @@ class Cone:
     leaves: list[tuple[fx.Node, str]] = field(default_factory=list)
     statements: list[Statement] = field(default_factory=list)
     names: dict[fx.Node, str] = field(default_factory=dict)
+    depth: int = 0  # of the statement that is being added
 
     def add(self, x: fx.Node) -> str:
         """The name of x in the program. TooComplex where it has none."""
@@ -121,7 +123,11 @@ class Cone:
     def _statement(self, node: fx.Node) -> str:
         dtype, op = NAMES[value(node).dtype], POINTWISE[node.target]
         given = node.args[:1] if node.target in CASTS else node.args
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise TooComplex(f"more than {DEEPEST} ops, one on the other")
         args = tuple(self.add(a) if isinstance(a, fx.Node) else _number(a) for a in given)
+        self.depth -= 1
         name = f"v{len(self.statements)}"
         self.statements.append(Statement(dtype, name, op, args))
         return name

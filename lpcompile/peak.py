@@ -42,7 +42,7 @@ class Memory:
         fused = {node for node in graph.nodes if _is_fused(node)}
         for node in graph.nodes:
             if node not in fused and not _is_alias(node):
-                self.reads[node] = set(_buffers(node, fused))
+                self.reads[node] = _buffers(node, fused)
                 for buffer in self.reads[node]:
                     self.readers[buffer].add(node)
             if node not in fused and _is_buffer(node):
@@ -121,13 +121,17 @@ def _is_buffer(node: fx.Node) -> bool:
     return num_bytes(node) > 0 and not held
 
 
-def _buffers(node: fx.Node, fused: set[fx.Node]) -> Iterable[fx.Node]:
+def _buffers(node: fx.Node, fused: set[fx.Node]) -> set[fx.Node]:
     """What a node reads, under views and what is never written."""
-    for i in node.all_input_nodes:
-        if i in fused or (_is_alias(i) and i.target is not operator.getitem):
-            yield from _buffers(i, fused)
-        else:
-            yield i
+    found: set[fx.Node] = set()
+    seen, stack = {node}, [node]
+    while stack:
+        for i in stack.pop().all_input_nodes:
+            if i not in seen:
+                seen.add(i)
+                inner = i in fused or (_is_alias(i) and i.target is not operator.getitem)
+                stack.append(i) if inner else found.add(i)
+    return found
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from lpcompile.graph import (
     CASTS,
     TRANSPOSES,
     VIEWS,
+    aten,
     is_own,
     meta_of,
     peel,
@@ -67,6 +68,10 @@ def _is_checkpointed(site: Site) -> bool:
 
 
 OF_COLUMNS = {ops.amax_column.op, ops.amax_column_grouped.op}
+ATTENTION = {
+    getattr(aten, f"_scaled_dot_product_{which}").default
+    for which in ("cudnn_attention", "efficient_attention", "flash_attention")
+} | {aten._scaled_dot_product_flash_attention_for_cpu.default}
 IN_MEMORY = {*MATMULS, torch.ops._c10d_functional.wait_tensor.default}  # what they make
 
 
@@ -110,7 +115,8 @@ def _take_in_forward(amax: fx.Node) -> None:
     x: fx.Node = amax.args[0]  # type: ignore[assignment]
     for user in x.users:
         forward = user.meta.get("partitioner_tag") != BACKWARD and not user.kwargs.get("columns")
-        if user.target is ops.quantize_fp8_row.op and forward and _serves_both(x):
+        known = all(i < user for i in amax.all_input_nodes)  # where groups end may come later
+        if user.target is ops.quantize_fp8_row.op and forward and known and _serves_both(x):
             user.prepend(amax)
             user.update_kwarg("columns", amax)
             amax.meta["partitioner_tag"] = user.meta.get("partitioner_tag")
@@ -131,8 +137,9 @@ def _serves_both(x: fx.Node) -> bool:
         return True
     while x.target in RESHAPES or x.target in TRANSPOSES:
         x = x.all_input_nodes[0]
-    is_attention = x.target is operator.getitem and "attention" in str(x.args[0])
-    return x.op == "placeholder" or x.target in IN_MEMORY or is_own(x) or is_attention
+    if x.target is operator.getitem and x.args[0].target in ATTENTION:  # type: ignore[union-attr]
+        return True
+    return x.op == "placeholder" or x.target in IN_MEMORY or is_own(x)
 
 
 def _recompute(node: fx.Node, through: Container[Any]) -> None:

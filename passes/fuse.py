@@ -242,7 +242,7 @@ def _join(a: Group, b: Group, private: set[fx.Node]) -> Group | None:
     """The group of both, or None where one reads what comes after the other."""
     leaves = [leaf for g in (a, b) for leaf, _ in g.cone.leaves]
     leaves += offsets([*a.requests, *b.requests])
-    if _depend(leaves, {r.node for g in (a, b) for r in g.requests}):
+    if depend(leaves, {r.node for g in (a, b) for r in g.requests}):
         return None
     cone = _cone(a.requests[0].x, private)
     try:
@@ -252,7 +252,7 @@ def _join(a: Group, b: Group, private: set[fx.Node]) -> Group | None:
     return Group(cone, results) if _fits(cone) else None
 
 
-def _depend(nodes: Iterable[fx.Node], on: set[fx.Node]) -> bool:
+def depend(nodes: Iterable[fx.Node], on: set[fx.Node]) -> bool:
     """Whether any of the nodes is computed from any of ``on``."""
     seen: set[fx.Node] = set()
     stack = list(nodes)

@@ -18,7 +18,7 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from lpcompile import ops
 from lpcompile.graph import call, calls, shape, value
 from lpcompile.ops.pointwise import IDENTITY
-from lpcompile.passes.fuse import is_whole
+from lpcompile.passes.fuse import depend, is_whole
 from lpcompile.placement import OF_COLUMNS
 
 
@@ -44,7 +44,10 @@ def _maxima(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
         first = made.setdefault(quantize.args, quantize)
         amax, quantize.kwargs = quantize.kwargs.get("columns"), {}
         if isinstance(amax, fx.Node) and amax.target in OF_COLUMNS and is_whole(x, len(shape(x))):
-            found.setdefault(first, amax)
+            # Where groups end may be computed from what an equal quantize before this one makes.
+            too_late = depend(amax.all_input_nodes, {first})
+            if not too_late:
+                found.setdefault(first, amax)
         if first is not quantize:
             quantize.replace_all_uses_with(first)
             graph.erase_node(quantize)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 from lpcompile import ops
@@ -31,6 +32,7 @@ from lpcompile.passes.fuse import MOST_INPUTS, MOST_STATEMENTS
 from lpcompile.peak import CALLERS, Memory, Part
 
 CASTS = (ops.fused_cast.op, ops.fused_cast_micro.op, ops.fused_wide_micro.op)
+MOST_JOINED = 6  # calls in one: all sets of so many are looked at
 MOST_BETWEEN = 8  # GEMMs from a group's first cast to its last: more and it is several layers'
 JOINED: dict[Any, int] = {ops.fused_cast.op: 4, ops.fused_amax.op: 3}  # arguments before offs
 
@@ -143,7 +145,8 @@ def _joins(nodes: list[fx.Node]) -> Iterator[tuple[fx.Node, ...]]:
             (*first, node): inputs | own
             for first, inputs in some.items()
             for node, own in alone.items()
-            if first[-1] < node and inputs & own and _fits((*first, node))
+            if len(first) < MOST_JOINED and first[-1] < node
+            if inputs & own and _fits((*first, node))
         }
         yield from some
 
@@ -247,7 +250,9 @@ def _sink(graph: fx.Graph) -> int:
 
 def _is_held(node: fx.Node, until: fx.Node) -> bool:
     """Whether an input lives until then anyhow: for the caller, or for what is computed of it."""
-    if node.op != "placeholder" or node.name.startswith(CALLERS) or value(node).dim() < 2:
+    if node.op != "placeholder" or node.name.startswith(CALLERS):
+        return True
+    if not isinstance(value(node), torch.Tensor) or value(node).dim() < 2:
         return True
     seen, stack = {node}, [node]
     while stack:

@@ -148,3 +148,13 @@ def test_what_is_joined_costs_its_inputs_once_and_only_where_the_peak_allows():
     for floor, cost in ((0, 6), (8, 6), (9, 4)):
         _, order = peak._search([*casts, *reads, both], dies, 0, floor)
         assert sum(step.cost for step in order) == cost
+
+
+def test_a_graph_of_many_paths_is_walked_once():
+    """Pointwise ops that read each other twice double the paths with every op."""
+    calls = [("h0", aten.exp.default, "saved")]
+    for i in range(60):
+        calls += [(f"c{i}", aten.cos.default, f"h{i}")]
+        calls += [(f"h{i + 1}", aten.mul.Tensor, f"h{i}", f"c{i}")]
+    graph, made = traced(*calls, ("last", aten.mm.default, "h60", "saved"))
+    assert made["saved"] in Memory(graph).reads[made["last"]]

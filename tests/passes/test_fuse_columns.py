@@ -169,3 +169,28 @@ def test_without_a_backward_no_maxima_are_taken(monkeypatch):
     with torch.no_grad():
         torch.compile(bf16(FFN()), backend="lowprec", options=EAGER)(data(48, DIM, grad=False))
     assert not any(with_maxima(graph) or AMAXES & set(count(graph)) for graph in seen)
+
+
+class Routed(nn.Module):
+    """A linear and experts of one x, where groups end as the x or the linear's result says."""
+
+    def __init__(self, by_result):
+        super().__init__()
+        self.shared, self.by_result = nn.Linear(DIM, DIM, False), by_result
+        self.w = nn.Parameter(torch.randn(E, HIDDEN, DIM) / 8)
+
+    def forward(self, x):
+        shared = self.shared(x)
+        chosen = (shared if self.by_result else x)[:, :E].argmax(1)
+        offs = F.one_hot(chosen, E).sum(0).cumsum(0).to(torch.int32)
+        return torch.cat([torch._grouped_mm(x, self.w.mT, offs=offs), shared], 1)
+
+
+@pytest.mark.parametrize("rules", [(), (Rule("shared", "fp8_rowwise_wgrad_bf16"),)])
+@pytest.mark.parametrize("by_result", [False, True])
+def test_maxima_of_groups_wait_for_where_these_end(monkeypatch, by_result, rules):
+    model, x = bf16(Routed(by_result)), data(160, DIM)
+    options = {"recipe": "fp8_rowwise", "rules": list(rules)}
+    *_, made = cut(monkeypatch, model, x, **options)
+    *_, expected = cut(monkeypatch, model, x, kept=False, **options)
+    assert [name for name in made if same_bits(made[name], expected[name])] == []

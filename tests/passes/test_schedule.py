@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import FFN, bf16, compiled, data, step
+from oracle import EAGER, FFN, bf16, compiled, data, step
 from torch import nn
 
 from lpcompile import ops, pipeline
@@ -142,3 +142,31 @@ def test_order_changes_no_bit(monkeypatch, recipe, rows):
     *_, expected = graphs(monkeypatch, model, x, recipe, scheduled=False)
     assert made.keys() == expected.keys()
     assert [name for name in made if not torch.equal(made[name], expected[name])] == []
+
+
+class Stacked(nn.Module):
+    """SwiGLU experts by bmm, on what a linear makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Linear(DIM, DIM, bias=False)
+        self.w1, self.w3 = (nn.Parameter(torch.randn(4, HIDDEN, DIM) / 8) for _ in range(2))
+        self.w2 = nn.Parameter(torch.randn(4, DIM, HIDDEN) / 8)
+
+    def forward(self, x):
+        shared = self.shared(x)
+        x = shared.view(4, -1, DIM)
+        h = nn.functional.silu(x @ self.w1.mT) * (x @ self.w3.mT)
+        return (h @ self.w2.mT).flatten(0, 1) + shared
+
+
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "mxfp8"])
+def test_sizes_that_are_not_known_are_no_tensors(recipe):
+    model, x = bf16(Stacked()), data(160, DIM)
+    made = []
+    for dynamic in (True, False):
+        torch._dynamo.reset()
+        options = {**EAGER, "recipe": recipe}
+        run = torch.compile(model, backend="lowprec", options=options, dynamic=dynamic)
+        made.append(step(run, x))
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[1])
