@@ -11,8 +11,9 @@ EAGER = '{"codegen": "eager", "rewrite": "all"}'
 
 def run(tmp_path, *arguments):
     """The summary and the listing of a profile on the CPU."""
-    out, given = tmp_path / "out.json", ["--options", EAGER, "--no-peers", "--json", str(out)]
-    assert main(["bench", "profile", *arguments, "--device", "cpu", "--repeats", "2", *given]) == 0
+    out = tmp_path / "out.json"
+    how = "--device", "cpu", "--options", EAGER, "--no-peers", "--json", str(out)
+    assert main(["bench", "profile", *arguments, *how]) == 0
     return report.load([out])
 
 
