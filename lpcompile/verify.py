@@ -36,7 +36,7 @@ UNREPEATABLE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 # Between a quantize and its product: which part of it, and which rows of that.
 THROUGH = {operator.getitem, aten.index.Tensor, aten.view.dtype, *TRANSPOSES}
 # May be taken in the forward for the backward, and are saved then.
-AMAXES = {ops.amax_column.op, ops.amax_tensor.op}
+OF_WEIGHTS = {ops.amax_column.op, ops.amax_tensor.op}
 # A quantize has these of the product that it is for; when it runs may differ.
 PLACEMENT = {"partitioner_tag", "recompute"}
 
@@ -183,7 +183,7 @@ def _misplaced(graph: fx.Graph, flow: Flow) -> Iterator[str]:
         tag = node.meta.get("partitioner_tag")
         if tag == BACKWARD or any(i in late for i in node.all_input_nodes):
             late.add(node)
-        if not is_own(node) or node not in flow.weights or node.target in AMAXES:
+        if not is_own(node) or node not in flow.weights or node.target in OF_WEIGHTS:
             continue
         products = list(_products(node))
         if products and all(p in flow.gradients for p in products) and node not in late:
