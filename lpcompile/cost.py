@@ -195,7 +195,7 @@ def is_native(gemm: Gemm, device: Device) -> bool:
 
 def is_wide(gemm: Gemm, device: Device) -> bool:
     """Whether ``passes/emulate.py`` multiplies these formats there, in bf16."""
-    return not is_native(gemm, device) and kind(gemm)[0] in ("mxfp8", "nvfp4")
+    return not is_native(gemm, device) and gemm.lhs.fmt.swizzled
 
 
 def gain(

@@ -24,7 +24,8 @@ from lpcompile.graph import TRANSPOSES, VIEWS, aten, hint, is_own
 from lpcompile.liveness import is_cheap
 from lpcompile.ops.define import PRODUCTS
 
-# How AOTAutograd names the inputs that the caller holds: Inductor knows them so too.
+# How AOTAutograd names the inputs of a training graph that the caller holds. Those of an inference
+# graph, "arg" to Inductor, count here as if they were freed after their last reader.
 CALLERS = ("primals_", "tangents_")
 ALIASES = (VIEWS | TRANSPOSES) - {aten.clone.default}
 SUMS = {aten.sum.dim_IntList, aten.mean.dim}

@@ -10,15 +10,36 @@ from torch import nn
 
 import lpcompile
 from lpcompile.ops.define import per_column
+from lpcompile.recipes import RECIPES
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EAGER = {"rewrite": "all", "codegen": "eager"}
 close = per_column(0.02)
-MICRO = [
-    n
-    for n, r in lpcompile.recipes.RECIPES.items()
-    if r.dgrad is not None and r.dgrad.lhs.fmt.swizzled
-]
+MICRO = [n for n, r in RECIPES.items() if r.dgrad is not None and r.dgrad.lhs.fmt.swizzled]
+NVFP4 = RECIPES["nvfp4"]
+# NVFP4 with each part of it changed.
+NVFP4_PARTS = {
+    "no Hadamard": replace(
+        NVFP4,
+        wgrad=replace(
+            NVFP4.wgrad,
+            lhs=replace(NVFP4.wgrad.lhs, hadamard=0),
+            rhs=replace(NVFP4.wgrad.rhs, hadamard=0),
+        ),
+    ),
+    "no stochastic rounding": replace(
+        NVFP4,
+        dgrad=replace(NVFP4.dgrad, lhs=replace(NVFP4.dgrad.lhs, rounding="nearest")),
+        wgrad=replace(NVFP4.wgrad, lhs=replace(NVFP4.wgrad.lhs, rounding="nearest")),
+    ),
+    "1x16 weights": replace(
+        NVFP4,
+        fprop=replace(NVFP4.fprop, rhs=replace(NVFP4.fprop.rhs, block=(1, 16))),
+        dgrad=replace(NVFP4.dgrad, rhs=replace(NVFP4.dgrad.rhs, block=(1, 16))),
+    ),
+    "wgrad in bf16": replace(NVFP4, wgrad=None),
+    "fprop in bf16": replace(NVFP4, fprop=None),
+}
 
 
 class FFN(nn.Module):

@@ -2,11 +2,11 @@
 
 import copy
 import pickle
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import EAGER, NVFP4_PARTS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,9 +16,7 @@ from lpcompile.options import Rule
 from lpcompile.pipeline import observe
 from lpcompile.recipes import RECIPES
 
-EAGER = {"rewrite": "all", "codegen": "eager"}
-NVFP4 = RECIPES["nvfp4"]
-FORWARD_BF16 = replace(NVFP4, fprop=None)
+FORWARD_BF16 = NVFP4_PARTS["fprop in bf16"]
 
 
 class Block(nn.Module):
@@ -209,30 +207,6 @@ def test_a_switched_instance_of_a_decorated_class_leaves_the_others_and_is_copie
     assert torch.equal(twin(x), switched(x))
 
 
-PARTS = {
-    "no Hadamard": replace(
-        NVFP4,
-        wgrad=replace(
-            NVFP4.wgrad,
-            lhs=replace(NVFP4.wgrad.lhs, hadamard=0),
-            rhs=replace(NVFP4.wgrad.rhs, hadamard=0),
-        ),
-    ),
-    "no stochastic rounding": replace(
-        NVFP4,
-        dgrad=replace(NVFP4.dgrad, lhs=replace(NVFP4.dgrad.lhs, rounding="nearest")),
-        wgrad=replace(NVFP4.wgrad, lhs=replace(NVFP4.wgrad.lhs, rounding="nearest")),
-    ),
-    "1x16 weights": replace(
-        NVFP4,
-        fprop=replace(NVFP4.fprop, rhs=replace(NVFP4.fprop.rhs, block=(1, 16))),
-        dgrad=replace(NVFP4.dgrad, rhs=replace(NVFP4.dgrad.rhs, block=(1, 16))),
-    ),
-    "wgrad in bf16": replace(NVFP4, wgrad=None),
-    "fprop in bf16": FORWARD_BF16,
-}
-
-
 def run(f, x, w, dy):
     x, w = x.detach().requires_grad_(), nn.Parameter(w.detach())
     y = f(x, w)
@@ -241,7 +215,7 @@ def run(f, x, w, dy):
     return y.detach(), x.grad, w.grad
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", NVFP4_PARTS)
 def test_each_part_of_nvfp4_switched_gives_the_oracles_bits_and_others_than_the_whole(part):
     x, w, dy = (torch.randn(s, dtype=torch.bfloat16) for s in ((48, 64), (96, 64), (48, 96)))
 
@@ -252,9 +226,9 @@ def test_each_part_of_nvfp4_switched_gives_the_oracles_bits_and_others_than_the_
     m = One()
     m.compile(backend="lowprec", options={"recipe": "nvfp4", **EAGER})
     complete = run(m, x, w, dy)
-    lpcompile.switch(m, PARTS[part])
+    lpcompile.switch(m, NVFP4_PARTS[part])
     made = run(m, x, w, dy)
-    expected = run(lambda x, w: lpcompile.linear(x, w, recipe=PARTS[part]), x, w, dy)
+    expected = run(lambda x, w: lpcompile.linear(x, w, recipe=NVFP4_PARTS[part]), x, w, dy)
     assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
     differs = [not torch.equal(a, b) for a, b in zip(made, complete, strict=True)]
     assert (

@@ -1,11 +1,9 @@
 """Emulated MXFP8 and NVFP4 products: what is written in bf16, what stays narrow, and the bits."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import FFN, MICRO, WithExperts
+from oracle import FFN, MICRO, NVFP4_PARTS, WithExperts
 
 from lpcompile import ops
 from lpcompile.ops import pointwise
@@ -13,29 +11,9 @@ from lpcompile.passes import emulate
 from lpcompile.pipeline import AFTER_THE_CUT, observe
 from lpcompile.recipes import RECIPES
 
-NVFP4 = RECIPES["nvfp4"]
 PARTS = {
     **{name: RECIPES[name] for name in MICRO},
-    "nvfp4, no Hadamard": replace(
-        NVFP4,
-        wgrad=replace(
-            NVFP4.wgrad,
-            lhs=replace(NVFP4.wgrad.lhs, hadamard=0),
-            rhs=replace(NVFP4.wgrad.rhs, hadamard=0),
-        ),
-    ),
-    "nvfp4, to nearest": replace(
-        NVFP4,
-        dgrad=replace(NVFP4.dgrad, lhs=replace(NVFP4.dgrad.lhs, rounding="nearest")),
-        wgrad=replace(NVFP4.wgrad, lhs=replace(NVFP4.wgrad.lhs, rounding="nearest")),
-    ),
-    "nvfp4, weights 1x16": replace(
-        NVFP4,
-        fprop=replace(NVFP4.fprop, rhs=replace(NVFP4.fprop.rhs, block=(1, 16))),
-        dgrad=replace(NVFP4.dgrad, rhs=replace(NVFP4.dgrad.rhs, block=(1, 16))),
-    ),
-    "nvfp4, wgrad in bf16": replace(NVFP4, wgrad=None),
-    "nvfp4, fprop in bf16": replace(NVFP4, fprop=None),
+    **{f"nvfp4, {part}": recipe for part, recipe in NVFP4_PARTS.items()},
 }
 
 
