@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 import triton
 import triton.language as tl
+from interpreter import hurry
 
 from lpcompile import ops
 from lpcompile.ops import (
@@ -155,4 +156,5 @@ def main():
 
 
 if __name__ == "__main__":
+    hurry()
     main()

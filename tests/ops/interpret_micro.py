@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from interpreter import hurry
 from triton.runtime import interpreter
 
 from lpcompile import ops
@@ -114,5 +115,6 @@ def main():
 
 
 if __name__ == "__main__":
+    hurry()
     torch.manual_seed(0)
     main()
