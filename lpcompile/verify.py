@@ -13,7 +13,7 @@ a weight is no copy: it may be saved, and is, when CSE finds that forward and ba
 """
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -43,16 +43,26 @@ PLACEMENT = {"partitioner_tag", "recompute"}
 
 @dataclass(frozen=True)
 class Before:
-    """What a pass must keep: the metas of calls by name, and the outputs."""
+    """What a pass must keep: the metas of calls by name, the outputs, and what calls were made of.
+
+    A call that is still that is as right as it was, and is not made again: to make all of them
+    again after every pass took as long as the passes.
+    """
 
     metas: dict[str, dict[str, Any]]
     outputs: list[Any]
+    calls: dict[fx.Node, list[Any]]
 
     @classmethod
     def of(cls, graph: fx.Graph) -> "Before":
         """Taken before the pass runs."""
-        metas = {n.name: dict(n.meta) for n in graph.nodes if n.op == "call_function"}
-        return cls(metas, _outputs(graph))
+        calls = {n: _parts(n) for n in graph.nodes if n.op == "call_function"}
+        return cls({n.name: dict(n.meta) for n in calls}, _outputs(graph), calls)
+
+    def __contains__(self, node: fx.Node) -> bool:
+        """Whether the graph had this call, of the same arguments and fake values."""
+        pairs = zip(_parts(node), self.calls.get(node, ()), strict=False)
+        return node in self.calls and all(part is was for part, was in pairs)
 
 
 def passed(graph: fx.Graph, name: str, before: Before, leaves: Leaves | None = None) -> None:
@@ -61,7 +71,8 @@ def passed(graph: fx.Graph, name: str, before: Before, leaves: Leaves | None = N
     leaves: of a joint graph, or of a forward without a backward before code generation. After that
     Inductor has had its way with the metas of its own ops, so lpcompile's alone are checked.
     """
-    problems = [_wrong_values(graph, own=leaves is None), _wrong_outputs(graph, before)]
+    changed = [node for node in graph.nodes if node not in before]
+    problems = [_wrong_values(changed, own=leaves is None), _wrong_outputs(graph, before)]
     problems.append(_dead(graph))
     if leaves is not None:
         problems += [_lost_metas(graph, before), _misplaced(graph, Flow(graph, leaves))]
@@ -73,7 +84,7 @@ def cut(forward: fx.Graph, backward: fx.Graph, leaves: Leaves, num_outputs: int)
     """Check a forward graph of ``num_outputs`` outputs of the user's, and its backward."""
     for graph, name in ((forward, "forward"), (backward, "backward")):
         # Inductor has passes of its own before the cut, which leave metas of its ops behind.
-        for problem in (*_wrong_values(graph, own=True), *_dead(graph)):
+        for problem in (*_wrong_values(graph.nodes, own=True), *_dead(graph)):
             raise _error(f"in the {name} graph", problem)
     for problem in _weight_copies(forward, backward, leaves, num_outputs):
         raise _error("after partitioning", problem)
@@ -86,9 +97,9 @@ def _error(where: str, problem: str) -> VerifyError:
     )
 
 
-def _wrong_values(graph: fx.Graph, own: bool = False) -> Iterator[str]:
+def _wrong_values(nodes: Iterable[fx.Node], own: bool) -> Iterator[str]:
     """Nodes, or lpcompile's own, whose fake value is not what their op makes of their inputs'."""
-    for node in graph.nodes:
+    for node in nodes:
         if node.target is operator.getitem and is_own(node.args[0]):
             made = _flat(_fake(node.args[0]))[node.args[1]]
             if not alike(_fake(node), made, strides=True):
@@ -246,6 +257,11 @@ def _storage(node: fx.Node) -> StorageWeakRef | None:
 def _outputs(graph: fx.Graph) -> list[Any]:
     (outputs,) = graph.output_node().args
     return [_fake(n) if isinstance(n, fx.Node) else n for n in outputs]  # type: ignore[union-attr]
+
+
+def _parts(node: fx.Node) -> list[Any]:
+    """What a call is: its op and arguments, and the fake values that it makes and reads."""
+    return [node.target, node.args, node.kwargs, _fake(node), *map(_fake, node.all_input_nodes)]
 
 
 def _fake(node: fx.Node) -> Any:
