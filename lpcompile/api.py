@@ -17,7 +17,7 @@ from torch._dynamo.external_utils import wrap_inline
 
 from lpcompile.errors import LowPrecisionError, RuleError, did_you_mean
 from lpcompile.graph import clean_path
-from lpcompile.options import Options, Rule, parse
+from lpcompile.options import Options, Rule, overlaid, parse
 from lpcompile.recipes import Recipe
 from lpcompile.select import Depth
 
@@ -45,9 +45,8 @@ def compile_blocks(
     Returns the compiled blocks by path. state_dict keys stay as they are.
     """
     found = _named_blocks(model, blocks)
-    chosen = {**(options or {}), **({} if recipe is None else {"recipe": recipe})}
-    given = parse({**chosen, **({"rules": tuple(rules)} if rules else {})})
-    resolved = _resolve(model, found, given)
+    chosen = overlaid(options, recipe=recipe, rules=tuple(rules) or None)
+    resolved = _resolve(model, found, parse(chosen))
     for path, block in found.items():
         per_block = {**chosen, "rules": resolved[path]}
         # What block.compile does, which pickle and deepcopy know to leave out.
@@ -75,9 +74,7 @@ def lowprec(
     instances do not change. Paths in rules are relative to the decorated module; the first call
     raises a RuleError for a rule that matches none of its modules.
     """
-    chosen = {**(options or {}), **({} if recipe is None else {"recipe": recipe})}
-    if rules:
-        chosen["rules"] = tuple(rules)
+    chosen = overlaid(options, recipe=recipe, rules=tuple(rules) or None)
     given = parse(chosen)
 
     def decorate(what: T) -> T:
@@ -101,11 +98,10 @@ def _compiled(
 
     @functools.cache
     def compiled(recipe: str | Recipe | None) -> Callable[..., Any]:
-        given = {**chosen, **({} if recipe is None else {"recipe": recipe})}
         return torch.compile(
             not_skipped(function),
             backend="lowprec",
-            options=given,
+            options=overlaid(chosen, recipe=recipe),
             fullgraph=fullgraph,
             dynamic=dynamic,
         )
@@ -192,11 +188,11 @@ def _resolve(
         own: list[Rule] = []
         for inner, _ in block.named_modules():
             full = names[f"{path}.{inner}".strip(".")]
-            rule = next((r for r in options.rules if depth.admits(r, full)), None)
+            rule = depth.rule_of(full, options.rules)
             if rule is not None and not rule.is_catch_all:
                 own.append(Rule(clean_path(inner), rule.recipe))
-        stars = (r for r in options.rules if r.is_catch_all and depth.admits(r, names[path]))
-        own += [Rule("*", star.recipe) for star in stars][:1]
+        star = depth.rule_of(names[path], (r for r in options.rules if r.is_catch_all))
+        own += [Rule("*", star.recipe)] if star else []
         resolved[path] = tuple(own)
     return resolved
 

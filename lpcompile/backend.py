@@ -23,6 +23,7 @@ from lpcompile import dumps
 from lpcompile.flow import Leaves
 from lpcompile.options import Options, parse
 from lpcompile.pipeline import Compile, JointPass, Partition, PostPass, graph_key, register
+from lpcompile.recipes import name_of
 from lpcompile.report import summarize
 
 log = logging.getLogger("lpcompile")
@@ -130,7 +131,7 @@ def announce(compile: Compile) -> None:
         return
     for pattern in compile.unmatched:
         log.warning("lpcompile: rule %r matched no GEMM of this graph", pattern)
-    rows, label = compile.rows, compile.options.label
+    rows, label = compile.rows, name_of(compile.options.recipe)
     asked = label != "bf16" or compile.options.rules
     nothing = asked and not any(row.rewritten for row in rows)
     level = logging.WARNING if nothing else logging.INFO

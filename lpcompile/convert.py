@@ -71,7 +71,7 @@ def convert(
         stacks = _stacks(module)
         if not isinstance(module, nn.Linear) and not stacks:
             continue
-        rule = next((r for r in options.rules if depth.admits(r, paths[name])), None)
+        rule = depth.rule_of(paths[name], options.rules)
         chosen = get_recipe(rule.recipe if rule else options.recipe)
         if not isinstance(module, nn.Linear):
             if not (rule and chosen.is_bf16):

@@ -5,7 +5,6 @@ them. The seed is drawn in each backward; its rounding is that of a recompute.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import fx
@@ -29,17 +28,8 @@ def seed(chosen: list[tuple[Site, Gemm]]) -> fx.Node | None:
     first = next((s.node for s, how in chosen if how.lhs.rounding == "stochastic"), None)
     if first is None:
         return None
-    made = value(first)
-    fake_mode: Any = made.fake_mode  # type: ignore[attr-defined]
+    kind = {"dtype": torch.int64, "device": value(first).device}
     with first.graph.inserting_before(first):
-        node = call(
-            first.graph,
-            fake_mode,
-            aten.randint.default,
-            gemm.HIGHEST_SEED,
-            [1],
-            dtype=torch.int64,
-            device=made.device,
-        )
+        node = call(first.graph, aten.randint.default, gemm.HIGHEST_SEED, [1], **kind)
     node.meta.update(meta_of(first, partitioner_tag=BACKWARD))
     return node

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lpcompile.backend import compile_graph
 from lpcompile.errors import LowPrecisionError, RuleError
-from lpcompile.options import Options, parse
+from lpcompile.options import Options, overlaid, parse
 from lpcompile.pipeline import Compile, observe
 from lpcompile.recipes import Recipe, get_recipe
 from lpcompile.report import Report, SavedBytes
@@ -47,7 +47,7 @@ def explain(
     a rule that matched nothing.
     """
     _refuse_fsdp(model)
-    chosen = parse({**(options or {}), **({} if recipe is None else {"recipe": recipe})})
+    chosen = parse(overlaid(options, recipe=recipe))
     chosen = replace(chosen, codegen="eager")
     compiles = trace(model, args, kwargs, chosen)
     if not any(c.has_run for c in compiles):

@@ -42,24 +42,20 @@ def _row(x: Tensor, operand: Operand, transpose: bool) -> Quantized:
     return _pair(ops.quantize_fp8_row.op(x, *args))
 
 
-def _block(x: Tensor, operand: Operand, transpose: bool) -> Quantized:
-    op = ops.quantize_fp8_block_t.op if transpose else ops.quantize_fp8_block.op
-    return _pair(op(x, operand.fmt.element, operand.fmt.scaling == "pow2"))
+def _of_blocks(op: Any, op_t: Any, second: str) -> Quantizer:
+    """A quantizer of blocks by an op of x or of x.T, told whether the scaling is its second one."""
+
+    def quantizer(x: Tensor, operand: Operand, transpose: bool) -> Quantized:
+        how = (operand.fmt.element, operand.fmt.scaling == second)
+        return _pair((op_t if transpose else op)(x, *how))
+
+    return quantizer
 
 
-def _square(x: Tensor, operand: Operand, transpose: bool) -> Quantized:
-    op = ops.quantize_fp8_square_t.op if transpose else ops.quantize_fp8_square.op
-    return _pair(op(x, operand.fmt.element, operand.fmt.scaling == "pow2"))
-
-
-def _mx(x: Tensor, operand: Operand, transpose: bool) -> Quantized:
-    op = ops.quantize_mxfp8_t.op if transpose else ops.quantize_mxfp8.op
-    return _pair(op(x, operand.fmt.element, operand.fmt.scaling == "floor"))
-
-
-def _mx_square(x: Tensor, operand: Operand, transpose: bool) -> Quantized:
-    op = ops.quantize_mxfp8_square_t.op if transpose else ops.quantize_mxfp8_square.op
-    return _pair(op(x, operand.fmt.element, operand.fmt.scaling == "floor"))
+_block = _of_blocks(ops.quantize_fp8_block.op, ops.quantize_fp8_block_t.op, "pow2")
+_square = _of_blocks(ops.quantize_fp8_square.op, ops.quantize_fp8_square_t.op, "pow2")
+_mx = _of_blocks(ops.quantize_mxfp8.op, ops.quantize_mxfp8_t.op, "floor")
+_mx_square = _of_blocks(ops.quantize_mxfp8_square.op, ops.quantize_mxfp8_square_t.op, "floor")
 
 
 def _nv(

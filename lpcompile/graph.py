@@ -7,12 +7,13 @@ it share ``meta["seq_nr"]``, and the module path stands in ``nn_module_stack`` (
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
@@ -123,6 +124,14 @@ def hint(size: Any) -> int | None:
     return size.node.hint if size.node.has_hint() else None
 
 
+def num_bytes(node: fx.Node) -> int:
+    """Bytes of the tensor that a node makes, by the hints of its sizes; 0 for anything else."""
+    made = node.meta.get("val")
+    if not isinstance(made, torch.Tensor):
+        return 0
+    return (hint(made.numel()) or 0) * made.element_size()
+
+
 def module_path(node: fx.Node) -> str:
     """The path of the module that a node is from, without wrappers; empty for the root."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
@@ -149,9 +158,9 @@ def meta_of(node: fx.Node, **changed: Any) -> dict[str, Any]:
 class _Emitter(fx.proxy.GraphAppendingTracer):
     """Records calls as nodes that have a fake value and the meta of what they replace."""
 
-    def __init__(self, graph: fx.Graph, meta: dict[str, Any], fake_mode: Any) -> None:
+    def __init__(self, graph: fx.Graph, meta: dict[str, Any]) -> None:
         super().__init__(graph)
-        self.meta, self.fake_mode = meta, fake_mode
+        self.meta, self.fake_mode = meta, fake_mode(graph)
 
     def create_node(
         self,
@@ -171,20 +180,24 @@ class _Emitter(fx.proxy.GraphAppendingTracer):
         return node
 
 
+def fake_mode(graph: fx.Graph) -> Any:
+    """The mode of a graph's fake tensors."""
+    made = (node.meta.get("val") for node in graph.nodes)
+    return next(t.fake_mode for t in made if isinstance(t, FakeTensor))
+
+
 def emit(before: fx.Node, call: Callable[..., Any], *args: Any, meta: dict[str, Any]) -> Any:
     """Trace ``call`` into the graph in front of a node: nodes in, nodes out."""
-    graph, made = before.graph, before.meta["val"]
-    fake_mode = (made[0] if isinstance(made, (tuple, list)) else made).fake_mode
-    tracer = _Emitter(graph, meta, fake_mode)
-    with graph.inserting_before(before):
+    tracer = _Emitter(before.graph, meta)
+    with before.graph.inserting_before(before):
         given: Any = map_arg(args, partial(fx.Proxy, tracer=tracer))  # type: ignore[arg-type]
         return _nodes(call(*given))
 
 
-def call(graph: fx.Graph, fake_mode: Any, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """A new node at the graph's insertion point, with its fake value."""
     node = graph.call_function(target, args, kwargs)
-    with fake_mode:
+    with fake_mode(graph):
         node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]), **kwargs)
     return node
 
@@ -213,10 +226,9 @@ def _nodes(made: Any) -> Any:
     return type(made)(map(_nodes, made)) if isinstance(made, (tuple, list)) else made
 
 
-def calls(graph: fx.Graph, targets: Iterable[Any]) -> Iterator[fx.Node]:
+def calls(graph: fx.Graph, targets: Container[Any]) -> list[fx.Node]:
     """The calls of any of the targets, in graph order."""
-    wanted = set(targets)
-    return (n for n in graph.nodes if n.op == "call_function" and n.target in wanted)
+    return [n for n in graph.nodes if n.op == "call_function" and n.target in targets]
 
 
 def is_own(node: fx.Node) -> bool:

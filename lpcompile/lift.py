@@ -207,12 +207,10 @@ def _stack(weights: list[Any]) -> Any:
 
 def _plus_bias(y: fx.Node, biases: fx.Node, offs: fx.Node, before: fx.Node) -> fx.Node:
     """y[T, N] and, by the group of each row, biases[E, N]."""
-    meta, made = meta_of(y), value(y)
-    kind = {"dtype": torch.int32, "device": made.device, "requires_grad": False}
+    meta = meta_of(y)
+    kind = {"dtype": torch.int32, "device": value(y).device, "requires_grad": False}
     with y.graph.inserting_before(before):
-        fake_mode: Any = made.fake_mode  # type: ignore[attr-defined]
-        args = (prims.iota.default, _size(y))
-        rows = call(y.graph, fake_mode, *args, start=0, step=1, **kind)
+        rows = call(y.graph, prims.iota.default, _size(y), start=0, step=1, **kind)
     rows.meta.update(meta)
     added: fx.Node = emit(before, _with_bias, y, biases, rows, offs, meta=meta)
     return added
@@ -339,7 +337,7 @@ def _offs(loop: Loop) -> fx.Node:
             bring = partial(_offs_from, are_sizes=are_sizes, device=elsewhere)
             made = emit(last, bring, counts, meta=meta)
             return made
-    make = partial(call, last.graph, value(last).fake_mode)  # type: ignore[attr-defined]
+    make = partial(call, last.graph)
     kind = {"dtype": torch.int32, "device": device}
     with last.graph.inserting_before(last):
         each = [make(aten.scalar_tensor.default, _size(piece), **kind) for piece in loop.pieces]

@@ -10,7 +10,7 @@ import torch
 
 from lpcompile.cost import DEVICES, H200, target_for
 from lpcompile.errors import OptionError, RuleError, did_you_mean
-from lpcompile.recipes import DEFAULT, Recipe, get_recipe, name_of
+from lpcompile.recipes import DEFAULT, Recipe, get_recipe
 
 Rewrite = Literal["profitable", "all"]
 Codegen = Literal["inductor", "eager"]
@@ -51,11 +51,6 @@ class Rule:
     def is_catch_all(self) -> bool:
         """It matches every path, so it names none."""
         return bool(self.pattern) and not self.pattern.strip("*")
-
-    @property
-    def label(self) -> str:
-        """The recipe's name, as reports show it."""
-        return self.recipe if isinstance(self.recipe, str) else name_of(self.recipe)
 
 
 @dataclass(frozen=True)
@@ -99,11 +94,6 @@ class Options:
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is True or False, got {getattr(self, name)!r}")
 
-    @property
-    def label(self) -> str:
-        """The default recipe's name, as reports show it."""
-        return self.recipe if isinstance(self.recipe, str) else name_of(self.recipe)
-
     def target_of(self, recipe: Recipe) -> str:
         """The device that the cost model predicts for."""
         if self.target:
@@ -125,6 +115,11 @@ def set_defaults(**options: Any) -> None:
     parse(options)
     _defaults.clear()
     _defaults.update(options)
+
+
+def overlaid(options: Mapping[str, Any] | None, **said: Any) -> dict[str, Any]:
+    """Options, with those in their place that a call says beside them (not None)."""
+    return {**(options or {}), **{k: v for k, v in said.items() if v is not None}}
 
 
 def parse(options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lpcompile.graph import TRANSPOSES, VIEWS, aten, hint, is_own
+from lpcompile.graph import TRANSPOSES, VIEWS, aten, is_own, num_bytes
 from lpcompile.liveness import is_cheap
 from lpcompile.ops.define import PRODUCTS
 
@@ -81,14 +81,6 @@ class Memory:
             lives.append(live - self.in_place(node, dying))
             live -= sum(self.size[b] for b in [*dying, *(b for b in made if not left[b])])
         return lives
-
-
-def num_bytes(node: fx.Node) -> int:
-    """Bytes of the tensor that a node makes, by the hints of its sizes; 0 for anything else."""
-    made = node.meta.get("val")
-    if not isinstance(made, torch.Tensor):
-        return 0
-    return (hint(made.numel()) or 0) * made.element_size()
 
 
 def _is_alias(node: fx.Node) -> bool:

@@ -221,10 +221,10 @@ class Partition(CustomPartitionerFn):
             # outputs the region itself saves: then the bytes are not known.
             compile.has_regions |= is_called(joint)
             if not compile.has_regions:
-                compile.saved_bytes = SavedBytes(
-                    saved.num_bytes(before.graph, compile.leaves, outputs),
-                    saved.num_bytes(forward.graph, compile.leaves, outputs),
+                found = (
+                    saved.find(g, compile.leaves, outputs) for g in (before.graph, forward.graph)
                 )
+                compile.saved_bytes = SavedBytes(*map(saved.total, found))
             if compile.dump:
                 compile.dump.cut(joint, forward, backward, before, compile.leaves, outputs)
         return forward, backward

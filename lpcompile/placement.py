@@ -27,6 +27,7 @@ from lpcompile.graph import (
     TRANSPOSES,
     VIEWS,
     aten,
+    fake_mode,
     is_own,
     meta_of,
     peel,
@@ -172,7 +173,7 @@ def fold(cast: fx.Node, made: fx.Node) -> None:
     node = made
     while node is not cast.all_input_nodes[0]:
         (node,) = node.users
-        with value(made).fake_mode:  # type: ignore[attr-defined]
+        with fake_mode(cast.graph):
             node.meta["val"] = node.target(  # type: ignore[operator]
                 *torch.fx.node.map_arg(node.args, lambda n: n.meta["val"])
             )

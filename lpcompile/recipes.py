@@ -242,6 +242,8 @@ def get_recipe(name: str | Recipe) -> Recipe:
     return RECIPES[known]
 
 
-def name_of(recipe: Recipe) -> str:
-    """The name of a recipe in RECIPES, or "custom"."""
+def name_of(recipe: str | Recipe) -> str:
+    """The name that a recipe was asked for by, or that it has in RECIPES, or "custom"."""
+    if isinstance(recipe, str):
+        return recipe
     return next((n for n, r in RECIPES.items() if r == recipe), "custom")

@@ -9,7 +9,7 @@ from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lpcompile.flow import Flow, Leaves
-from lpcompile.graph import hint, module_path
+from lpcompile.graph import module_path, num_bytes
 
 
 def copy(graph: fx.Graph) -> fx.Graph:
@@ -49,7 +49,7 @@ def find(forward: fx.Graph, leaves: Leaves, num_outputs: int) -> list[Saved]:
     counted: set[StorageWeakRef] = set()
     found = []
     # The largest of a storage is the one that counts.
-    for node in sorted(nodes(forward, num_outputs), key=_num_bytes, reverse=True):
+    for node in sorted(nodes(forward, num_outputs), key=num_bytes, reverse=True):
         made = node.meta.get("val")
         if not isinstance(made, torch.Tensor):
             found.append(Saved(node.name, "size", "", "", (), 0))
@@ -60,14 +60,9 @@ def find(forward: fx.Graph, leaves: Leaves, num_outputs: int) -> list[Saved]:
         else:
             kind = "alias" if key in counted else "activation"
             counted.add(key)
-        dtype, size = str(made.dtype).removeprefix("torch."), _num_bytes(node)
+        dtype, size = str(made.dtype).removeprefix("torch."), num_bytes(node)
         found.append(Saved(node.name, kind, module_path(node), dtype, tuple(made.shape), size))
     return found
-
-
-def num_bytes(forward: fx.Graph, leaves: Leaves, num_outputs: int) -> int:
-    """Bytes of the saved tensors; of a storage saved twice once, of weights and buffers nothing."""
-    return total(find(forward, leaves, num_outputs))
 
 
 def total(found: Iterable[Saved]) -> int:
@@ -90,10 +85,3 @@ def table(found: Sequence[Saved]) -> str:
         for row in rows
     ]
     return "\n".join([*lines, f"activations: {total(found):,} bytes", ""])
-
-
-def _num_bytes(node: fx.Node) -> int:
-    made = node.meta.get("val")
-    if not isinstance(made, torch.Tensor):
-        return 0
-    return (hint(made.numel()) or 0) * made.element_size()

@@ -102,16 +102,15 @@ class Selection:
         if asked is None and site.forward is not None:
             asked = annotation(site.forward.node)
         if asked is not None:
-            recipe = annotated(asked)
-            label = asked if isinstance(asked, str) else name_of(recipe)
-            return recipe, label, True, f"annotated {label}"
-        for rule in self.options.rules:
-            if self.depth.admits(rule, site.module):
-                self.matched.add(rule)
-                named = not rule.is_catch_all
-                return get_recipe(rule.recipe), rule.label, named, f"rule {rule.pattern!r}"
+            return annotated(asked), name_of(asked), True, f"annotated {name_of(asked)}"
+        rule = self.depth.rule_of(site.module, self.options.rules)
+        if rule is not None:
+            self.matched.add(rule)
+            recipe, name = get_recipe(rule.recipe), name_of(rule.recipe)
+            return recipe, name, not rule.is_catch_all, f"rule {rule.pattern!r}"
         recipe = get_recipe(self.options.recipe)
-        return recipe, self.options.label, False, "recipe bf16" if recipe.is_bf16 else ""
+        why = "recipe bf16" if recipe.is_bf16 else ""
+        return recipe, name_of(self.options.recipe), False, why
 
 
 def _reads(site: Site) -> tuple[tuple[fx.Node, bool], tuple[fx.Node, bool]]:
@@ -163,6 +162,10 @@ class Depth:
             stem, index = _block(path)
             if index is not None:
                 self.count[stem] = max(self.count.get(stem, 0), index + 1)
+
+    def rule_of(self, path: str, rules: Iterable[Rule]) -> Rule | None:
+        """The first rule that matches a path, or None."""
+        return next((rule for rule in rules if self.admits(rule, path)), None)
 
     def admits(self, rule: Rule, path: str) -> bool:
         """Whether a rule matches a path, its first and last counted in blocks."""

@@ -142,7 +142,8 @@ def _backward(
 ) -> Site:
     lhs, rhs = operands(node)
     gradients = lhs in flow.gradients, rhs in flow.gradients
-    site = Site(node, "dgrad", lhs, rhs, module_path(node), *_mnk_unknown(lhs, rhs))
+    r, c, s = _sizes(lhs, rhs)
+    site = Site(node, "dgrad", lhs, rhs, module_path(node), m=r, n=s, k=c)
     if gradients == (True, True):
         site.is_linear, site.obstacle = False, "a product of two gradients"
         return site
@@ -193,11 +194,6 @@ def _weight_of(node: fx.Node, flow: Flow) -> fx.Node | None:
     pairs = zip(primals, gradients, strict=True)
     of = (p for p, g in pairs if p in flow.weights and isinstance(g, fx.Node) and root(g) is node)
     return next(of, None)
-
-
-def _mnk_unknown(lhs: fx.Node, rhs: fx.Node) -> tuple[int | None, int | None, int | None]:
-    r, c, s = _sizes(lhs, rhs)
-    return r, s, c
 
 
 def _partner(

@@ -97,7 +97,7 @@ def _error(where: str, problem: str) -> VerifyError:
     )
 
 
-def _wrong_values(nodes: Iterable[fx.Node], own: bool) -> Iterator[str]:
+def _wrong_values(nodes: Iterable[Any], own: bool) -> Iterator[str]:
     """Nodes, or lpcompile's own, whose fake value is not what their op makes of their inputs'."""
     for node in nodes:
         if node.target is operator.getitem and is_own(node.args[0]):

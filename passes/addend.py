@@ -23,7 +23,7 @@ from lpcompile.liveness import is_cheap
 def run(graph: fx.Graph) -> int:
     """Give GEMMs their addends, and return how many."""
     count = 0
-    for node in list(calls(graph, [aten.add.Tensor])):
+    for node in calls(graph, {aten.add.Tensor}):
         terms = [t for t in node.args if isinstance(t, fx.Node)]
         if node.kwargs or len(terms) < 2:
             continue

@@ -25,7 +25,7 @@ def run(graph: fx.Graph) -> int:
     """Rewrite the products that the device emulates, and return how many."""
     count = 0
     wide: Wide = {}
-    for node in list(calls(graph, (ops.scaled_mm.op, ops.scaled_grouped_mm.op))):
+    for node in calls(graph, {ops.scaled_mm.op, ops.scaled_grouped_mm.op}):
         args: Any = node.args
         if value(args[1]).dtype in block_scaled.SCALES and emulates(value(node)):
             count += _rewrite(node, wide)
@@ -51,14 +51,14 @@ def _rewrite(node: fx.Node, wide: Wide) -> bool:
     else:
         target, (out_dtype, _, *amaxes) = ops.wide_mm.op, rest
         more = [out_dtype]
-    graph, fake_mode = node.graph, value(node).fake_mode  # type: ignore[attr-defined]
+    graph = node.graph
     with graph.inserting_before(node):
         operands = []
         for values, scales in ((a, a_scales), (b, b_scales)):
             key = values, scales.args[0] if scales.target is ops.swizzle.op else scales
             if key not in wide:
-                wide[key] = call(graph, fake_mode, ops.dequantize.op, *key)
+                wide[key] = call(graph, ops.dequantize.op, *key)
             operands.append(wide[key])
-        made = call(graph, fake_mode, target, *operands, *more, *amaxes)
+        made = call(graph, target, *operands, *more, *amaxes)
     replace(node, made)
     return True

@@ -16,9 +16,9 @@ from torch import fx
 from torch._inductor.pattern_matcher import stable_topological_sort
 
 from lpcompile import ops
-from lpcompile.graph import call, calls, shape, value
+from lpcompile.fusion import depend, is_whole
+from lpcompile.graph import call, calls, shape
 from lpcompile.ops.pointwise import IDENTITY
-from lpcompile.passes.fuse import depend, is_whole
 from lpcompile.placement import OF_COLUMNS
 
 
@@ -39,7 +39,7 @@ def _maxima(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """
     made: dict[Any, fx.Node] = {}
     found: dict[fx.Node, fx.Node] = {}
-    for quantize in list(calls(graph, (ops.quantize_fp8_row.op,))):
+    for quantize in calls(graph, {ops.quantize_fp8_row.op}):
         x: Any = quantize.args[0]
         first = made.setdefault(quantize.args, quantize)
         amax, quantize.kwargs = quantize.kwargs.get("columns"), {}
@@ -56,8 +56,7 @@ def _maxima(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 def _replace(graph: fx.Graph, quantize: fx.Node, amax: fx.Node) -> None:
     """One op in the place of the two."""
-    fake_mode: Any = value(amax).fake_mode  # type: ignore[attr-defined]
-    make = partial(call, graph, fake_mode)
+    make = partial(call, graph)
     x, *how = quantize.args
     with graph.inserting_before(quantize):
         offs = amax.args[1:]  # where there are groups

@@ -19,16 +19,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import fx
 from torch._inductor.pattern_matcher import stable_topological_sort
-from torch._prims_common import is_contiguous_or_false
 
 from lpcompile import ops
 from lpcompile.cones import Cone
+from lpcompile.fusion import Group, groups, is_whole, last, matrix, offsets, with_producers
 from lpcompile.graph import call, shape, value
 from lpcompile.ops.micro_source import E4M3, Form
-from lpcompile.passes.fuse import Group, groups, is_whole, last, matrix, offsets, with_producers
 
 # quantize op -> of x or of x.T, rows that share a scale
 MX: dict[Any, tuple[str, int]] = {
@@ -108,9 +106,8 @@ def run(graph: fx.Graph) -> int:
 
 def _is_stack(request: Request) -> bool:
     """Whether x is a stack of bf16 matrices, row after row, that is dequantized again."""
-    x = value(request.x)
-    whole = x.dim() == 3 and x.dtype is torch.bfloat16 and is_contiguous_or_false(x)
-    return whole and request.wide is not None and request.seed is None and request.way in "nt"
+    again = request.wide is not None and request.seed is None and request.way in "nt"
+    return again and is_whole(request.x, 3)
 
 
 def _identity(x: fx.Node) -> Cone:
@@ -203,8 +200,7 @@ def _replace(graph: fx.Graph, group: Group) -> None:
         for request in group.requests:
             request.makes_amax = False  # ``amax_tensor`` reads what is in memory no worse
     cone, x = group.cone, group.requests[0].x
-    fake_mode: Any = value(x).fake_mode  # type: ignore[attr-defined]
-    make = partial(call, graph, fake_mode)
+    make = partial(call, graph)
     program = cone.program([name for name, _ in group.results]).text()
     forms: list[Asked] = [(r, r.form(i)) for i, (_, rs) in enumerate(group.results) for r in rs]
     after = [leaf for leaf, _ in cone.leaves] + list(offsets(group.requests))

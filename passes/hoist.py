@@ -40,14 +40,14 @@ BY_GROUPS = {
 def run(graph: fx.Graph) -> int:
     """Hoist what pays, and return how many quantizes were."""
     count = 0
-    for node in list(calls(graph, BY_GROUPS)):
+    for node in calls(graph, BY_GROUPS):
         gather = gathers.find(node.args[0])  # type: ignore[arg-type]
         if gather is not None and all(map(is_own, gather.readers())):
             # By name, so that no other operand changes its place.
             node.update_arg(0, gather.source)
             node.update_kwarg("rows", gather.rows(node))
             count += 1
-    for node in list(calls(graph, PICKS)):
+    for node in calls(graph, PICKS):
         gather = gathers.find(node.args[0])  # type: ignore[arg-type]
         if gather is not None and _pays(node, gather):
             _hoist(node, gather)

@@ -23,12 +23,12 @@ from torch import fx
 
 from lpcompile import ops
 from lpcompile.cones import LARGE
+from lpcompile.fusion import MOST_INPUTS, MOST_STATEMENTS
 from lpcompile.graph import TRANSPOSES, VIEWS, base, call, is_own, shape, value
 from lpcompile.liveness import is_cheap
 from lpcompile.ops import fused_amax, pointwise
 from lpcompile.ops.define import PRODUCTS
 from lpcompile.ops.fused_source import along, parse_form
-from lpcompile.passes.fuse import MOST_INPUTS, MOST_STATEMENTS
 from lpcompile.peak import CALLERS, Memory, Part
 
 CASTS = (ops.fused_cast.op, ops.fused_cast_micro.op, ops.fused_wide_micro.op)
@@ -207,9 +207,8 @@ def _join(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
     target: Any = nodes[0].target
     read = [amaxes] if target is ops.fused_cast.op else []
     offs = _arguments(nodes[0]).offs
-    fake_mode: Any = value(inputs[0]).fake_mode  # type: ignore[attr-defined]
     with graph.inserting_after(max(nodes)):
-        made = call(graph, fake_mode, target, inputs, *read, program.text(), wanted, *offs)
+        made = call(graph, target, inputs, *read, program.text(), wanted, *offs)
     count = 0
     for node in nodes:
         for item in list(node.users):

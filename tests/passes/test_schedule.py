@@ -6,10 +6,10 @@ from oracle import EAGER, FFN, bf16, compiled, data, step
 from torch import nn
 
 from lpcompile import ops, pipeline
-from lpcompile.graph import base, calls, placeholders
+from lpcompile.graph import base, calls, num_bytes, placeholders
 from lpcompile.ops.define import PRODUCTS
 from lpcompile.passes import schedule
-from lpcompile.peak import Memory, num_bytes
+from lpcompile.peak import Memory
 
 RECIPES = ["fp8_rowwise", "fp8_tensorwise", "fp8_blockwise"]
 DIM, HIDDEN = 64, 128
