@@ -221,9 +221,8 @@ class Partition(CustomPartitionerFn):
             # outputs the region itself saves: then the bytes are not known.
             compile.has_regions |= is_called(joint)
             if not compile.has_regions:
-                found = (
-                    saved.find(g, compile.leaves, outputs) for g in (before.graph, forward.graph)
-                )
+                cuts = (before.graph, forward.graph)
+                found = (saved.find(cut, compile.leaves, outputs) for cut in cuts)
                 compile.saved_bytes = SavedBytes(*map(saved.total, found))
             if compile.dump:
                 compile.dump.cut(joint, forward, backward, before, compile.leaves, outputs)

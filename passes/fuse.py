@@ -34,10 +34,9 @@ from lpcompile.fusion import (
 from lpcompile.graph import aten, call, shape, value
 from lpcompile.ops.fused_cast import num_outputs
 from lpcompile.ops.fused_quantize_row import WIDEST
-from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, Form
+from lpcompile.ops.fused_source import BLOCKS, NAMES, Form
 from lpcompile.ops.quantize_fp8_block import BLOCK
 
-_LETTERS = {element: name for name, element in ELEMENTS.items()}
 # quantize op -> kind of scale, which way (``Form.way``), and the op that makes its amax
 QUANTIZES: dict[Any, tuple[str, str, Any]] = {
     ops.quantize_fp8_row.op: ("row", "n", None),
@@ -73,7 +72,7 @@ class Request:
     def form(self, result: int) -> Form:
         """What it asks of the fused op."""
         element, pow2 = self.node.args[-2:]
-        return Form(result, self.kind, _LETTERS[element], bool(pow2), self.way)  # type: ignore[index]
+        return Form(result, self.kind, NAMES[element], bool(pow2), self.way)  # type: ignore[index]
 
 
 def run(graph: fx.Graph) -> int:

@@ -7,7 +7,7 @@ tile would compute of its amax is computed once, by the kernel of the scales.
 
 from dataclasses import dataclass
 
-from lpcompile.ops import fp8, fused_source, pointwise
+from lpcompile.ops import fp8, pointwise, tile_source
 from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, Form, is_grouped, parse_form
 
 
@@ -28,9 +28,7 @@ def scales_source(forms: tuple[str, ...]) -> str:
     names = [
         f"{name}{i}{'' if name == 'n' else '_ptr'}" for i in range(len(forms)) for name in "aesn"
     ]
-    return fused_source._module(
-        "", forms, fused_source._function([*names, "B: tl.constexpr"], body)
-    )
+    return tile_source.module("", forms, tile_source.function([*names, "B: tl.constexpr"], body))
 
 
 def cast_source(program: str, forms: tuple[str, ...], even: bool) -> str:
@@ -45,10 +43,10 @@ def cast_source(program: str, forms: tuple[str, ...], even: bool) -> str:
     tile = ["c = start + tl.arange(0, BC)"]
     for k in range(rows):
         tile.append(f"m = tl.minimum(t + {k}, last - 1)")
-        tile += [f"m{k} = m", *fused_source._tile(named, even, rounded=True, rows_exist=True)]
+        tile += [f"m{k} = m", *tile_source.tile(named, even, rounded=True, rows_exist=True)]
         for r in sorted({form.result for form in parsed}):
             for j, name in enumerate(named.parts[r]):
-                tile.append(f"x{r}_{j}_{k} = {fused_source._live(f'f_{name}', even)}")
+                tile.append(f"x{r}_{j}_{k} = {tile_source.live(f'f_{name}', even)}")
     for i, form in enumerate(parsed):
         parts = len(named.parts[form.result])
         for j in range(parts):
@@ -60,19 +58,19 @@ def cast_source(program: str, forms: tuple[str, ...], even: bool) -> str:
         "for start in tl.range(begin_of_columns, end_of_columns, BC, num_stages=STAGES):",
         *(f"    {line}" for line in tile),
     ]
-    pointers = fused_source._pointers(named)
+    pointers = tile_source.pointers(named)
     pointers += [f"e{i}_ptr" for i, form in enumerate(parsed) if form.kind not in BLOCKS]
     for i, form in enumerate(parsed):
         pointers += [f"q{i}_ptr", *_more_pointers(i, form)]
     sizes = [
-        *fused_source._SIZES[grouped],
+        *tile_source.SIZES[grouped],
         "TP",
         "ALIGN: tl.constexpr",
         "COLUMNS: tl.constexpr",
         "STAGES: tl.constexpr",
     ]
-    kernel = fused_source._function([*pointers, *sizes, *fused_source._TILE[grouped]], body)
-    return fused_source._module(program, forms, kernel)
+    kernel = tile_source.function([*pointers, *sizes, *tile_source.TILE[grouped]], body)
+    return tile_source.module(program, forms, kernel)
 
 
 def _more_pointers(i: int, form: Form) -> list[str]:
@@ -87,8 +85,8 @@ def _place(forms: list[Form], rows: int, grouped: bool) -> list[str]:
         lines += [
             "SUB: tl.constexpr = (ALIGN + BM - 1) // BM  # tiles that cover a group's padding too",
             "tile = tile // SUB",
-            *(line.format(tile="BM * SUB", align="ALIGN") for line in fused_source._LOCATE),
-            fused_source._REST,
+            *(line.format(tile="BM * SUB", align="ALIGN") for line in tile_source.LOCATE),
+            tile_source.REST,
             "index = index * SUB + tl.program_id(1) % SUB",
             "if (tl.program_id(1) == 0) & (tl.program_id(0) == 0):",
             *(
@@ -148,13 +146,13 @@ class _Piece:
 def _cast(piece: _Piece) -> list[str]:
     """Lines that quantize a part of a tile: values q, and of blocks the decode scales s."""
     i, form, u = piece.i, piece.form, f"{piece.i}_{piece.j}"
-    element = fused_source._TRITON[form.element]
+    element = tile_source.TRITON[form.element]
     lines, scaled = _scale(piece), []
     for k in range(piece.rows):
         e = f"e{u}"
         if form.kind == "row" and form.way == "n":
             e = f"tl.load(e{i}_ptr + m{k})[:, None]"
-        scaled.append(fused_source._live(f"{piece.x(k)} * {e}", piece.even))
+        scaled.append(tile_source.live(f"{piece.x(k)} * {e}", piece.even))
     live = "" if piece.even else "(c < C)"
     if form.way != "n":
         word = f'fp8.narrow4({", ".join(scaled)}, "{form.element}") & keep'

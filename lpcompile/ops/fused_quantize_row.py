@@ -32,7 +32,6 @@ from lpcompile.ops.define import define, same_bits
 
 WIDEST = 32768  # elements of the inputs' rows that the registers of one program hold
 WIDEST_WITH_MAXIMA = 16384  # 8192 x 28672: 192 us, 508 us with maxima, 122 us for them alone
-_NAMES = {element: name for name, element in fused_source.ELEMENTS.items()}
 
 
 def outputs(
@@ -95,11 +94,11 @@ def launch(
         return reference(inputs, program, element, pow2, columns, offs)
     made = outputs(inputs, program, element, pow2, columns, offs)
     if columns:
-        return _walk(inputs, program, (_NAMES[element], pow2), made, offs)
+        return _walk(inputs, program, (fused_source.NAMES[element], pow2), made, offs)
     (M, C), BC = full.shape, triton.next_power_of_2(made[0].shape[1])
     BM = max(1, 1024 // BC)
     even = C == BC and M % BM == 0
-    kernel(program, _NAMES[element], pow2, even)[(triton.cdiv(M, BM),)](
+    kernel(program, fused_source.NAMES[element], pow2, even)[(triton.cdiv(M, BM),)](
         *pointwise.arguments(pointwise.parse(program), inputs), *made, M, C, BM, BC,
         num_warps=min(16, max(4, BC // 1024)), enable_fp_fusion=False,
     )  # fmt: skip

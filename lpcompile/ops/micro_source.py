@@ -11,7 +11,7 @@ from string import ascii_lowercase
 
 import torch
 
-from lpcompile.ops import fp8, fused_source, hadamard, mx, pointwise
+from lpcompile.ops import fp8, hadamard, mx, pointwise, tile_source
 
 E4M3 = torch.float8_e4m3fn
 
@@ -71,7 +71,7 @@ def cast_source(program: str, forms: tuple[str, ...], even: bool, index: str) ->
     index: the Triton integer that holds the index of every element.
     """
     named, parsed = pointwise.parse(program), [parse_form(f) for f in forms]
-    pointers = fused_source._pointers(named)
+    pointers = tile_source.pointers(named)
     for i, form in enumerate(parsed):
         pointers += [f"q{i}_ptr", f"s{i}_ptr"] + [f"a{i}_ptr"] * bool(form.amax)
     if any(form.draw is not None for form in parsed):
@@ -115,7 +115,7 @@ def amax_source(program: str, wants: tuple[str, ...], even: bool) -> str:
             f"{want} = fp8.bits_of_amax(fp8.amax(fp8.amax(best_{want}, 1), 0))",
             f'tl.atomic_max({want}_ptr, {want}, sem="relaxed")',
         ]
-    pointers = [*fused_source._pointers(named), *(f"{want}_ptr" for want in wants)]
+    pointers = [*tile_source.pointers(named), *(f"{want}_ptr" for want in wants)]
     return _module(program, wants, named, [*pointers, "M", "C", "ROWS: tl.constexpr"], body, even)
 
 
@@ -131,7 +131,7 @@ def _rows(program: pointwise.Program, wants: set[str], size: int) -> list[str]:
 
 
 def _produce(program: pointwise.Program, m: str) -> str:
-    return f"produce({', '.join(fused_source._pointers(program))}, {m}, c, M, C)"
+    return f"produce({', '.join(tile_source.pointers(program))}, {m}, c, M, C)"
 
 
 def _store(i: int, form: Form, tile: str, index: str) -> str:
@@ -166,11 +166,11 @@ def _module(
     imports = "import triton\nimport triton.language as tl\n\n"
     imports += "from lpcompile.ops import fp8, groups, hadamard, micro_tile, pointwise"
     imports += ", turned, wide_tile"
-    tiles = (fused_source._live(f"f_{r}", even or not masked) for r in named.results)
+    tiles = (tile_source.live(f"f_{r}", even or not masked) for r in named.results)
     results = "".join(f"({tile}).to(tl.bfloat16), " for tile in tiles)
-    tile = [*fused_source._tile(named, even, True), f"return ({results})"]
-    head = ["@triton.jit", f"def produce({', '.join(fused_source._pointers(named))}, m, c, M, C):"]
+    tile = [*tile_source.tile(named, even, True), f"return ({results})"]
+    head = ["@triton.jit", f"def produce({', '.join(tile_source.pointers(named))}, m, c, M, C):"]
     producer = "\n".join([*head, *(f"    {line}" for line in tile)])
     sizes = ["BM: tl.constexpr", "BC: tl.constexpr", "NATIVE: tl.constexpr", "EVEN: tl.constexpr"]
-    kernel = fused_source._function([*parameters, *sizes], body)
+    kernel = tile_source.function([*parameters, *sizes], body)
     return "\n\n\n".join([f"{doc}\n\n{imports}", producer, kernel]) + "\n"

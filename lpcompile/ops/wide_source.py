@@ -4,7 +4,7 @@ Generated: the producer, and which copies are made of its results. What narrows 
 again is ``lpcompile.ops.wide_tile``.
 """
 
-from lpcompile.ops import fp8, fused_source, groups, hadamard, micro_source, mx, pointwise
+from lpcompile.ops import fp8, groups, hadamard, micro_source, mx, pointwise, tile_source
 from lpcompile.ops.micro_source import E4M3, Form, parse_form
 
 TRANSFORMED = ("h", "gh")
@@ -26,7 +26,7 @@ def source(program: str, forms: tuple[str, ...], even: bool, index: str) -> str:
     """
     named, parsed = pointwise.parse(program), [parse_form(f) for f in forms]
     grouped = is_grouped(parsed)
-    pointers = fused_source._pointers(named)
+    pointers = tile_source.pointers(named)
     bumps = [f"i{i}_ptr += e * M * C" for i, kind in enumerate(named.kinds) if kind == "full"]
     for i, form in enumerate(parsed):
         pointers += [f"w{i}_ptr"] + [f"a{i}_ptr"] * bool(form.amax)
@@ -66,8 +66,8 @@ _ROWS = [
 _GROUPED_ROWS = [
     f"SUB: tl.constexpr = {groups.ALIGN} // BM  # tiles that cover a group's padding too",
     "tile = tl.program_id(1) // SUB",
-    *(line.format(tile=groups.ALIGN, align=groups.ALIGN) for line in fused_source._LOCATE),
-    fused_source._REST,
+    *(line.format(tile=groups.ALIGN, align=groups.ALIGN) for line in tile_source.LOCATE),
+    tile_source.REST,
     "if (tl.program_id(1) == 0) & (tl.program_id(0) == 0):",
     f"    groups.store_padded_ends(padded_ptr, starts, ends, E, {groups.ALIGN}, EP)",
     "index = index * SUB + tl.program_id(1) % SUB",
@@ -145,4 +145,4 @@ def _transformed(
 
 
 def _produce(program: pointwise.Program, m: str, last: str) -> str:
-    return f"produce({', '.join(fused_source._pointers(program))}, {m}, c, {last}, C)"
+    return f"produce({', '.join(tile_source.pointers(program))}, {m}, c, {last}, C)"
