@@ -64,6 +64,18 @@ def test_what_the_backward_holds_anyway_is_not_saved_narrowed_too():
     assert after == 2 * m * (dim + 2 * hidden) + maxima  # h is made again there
 
 
+def test_a_vector_that_the_backward_lacks_is_saved_and_not_what_is_made_of_it():
+    def shifted(x, w1, w3, w2):
+        rows = x.detach().amax(1, keepdim=True)
+        return (F.silu(x @ w1.t()) * (x @ w3.t()) + rows) @ w2.t()
+
+    (m, dim, hidden), x = (64, 64, 96), data(64, 64)
+    weights = [nn.Parameter(torch.randn(s).bfloat16()) for s in [(96, 64), (96, 64), (64, 96)]]
+    with observe(measures=True) as compiles:
+        compiled(shifted)(x, *weights).sum().backward()
+    assert compiles[0].saved_bytes.after == 2 * m * (dim + 2 * hidden + 1) + 4 * dim
+
+
 def test_what_the_backward_does_not_hold_is_saved_narrow():
     def deep(x, w1, w2):
         return x @ w1.t() @ w2.t()
