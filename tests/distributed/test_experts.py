@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch.nn.functional as F
@@ -21,21 +21,28 @@ from experts import (
 from ranks import WORLD, far_from, gradients, of_columns, of_rows, results, step
 
 
+@cache
+def whole(case, device):
+    """The loss and the gradients of one process, whatever ``spread`` is."""
+    model = build(case).to(device)
+    compile_block(model, case)
+    return step(model, *batch(device)).item(), gradients(model)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_two_ranks_have_the_loss_and_gradients_of_one_process(world, case):
-    model = build(case).to(world[0])
-    compile_block(model, replace(case, codegen="eager"))
-    loss = step(model, *batch(world[0])).item()
-    expected = gradients(model)
+    plain = replace(case, name="", spread="", codegen="eager", masters=False)
+    loss, expected = whole(plain, world[0])
     for made in results(world, case.name):
         assert made["loss"] == pytest.approx(loss, rel=2e-3)
         assert far_from(expected, made["gradients"], BOUNDS[case.recipe]) == {}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_two_ranks_quantize_like_one_process_that_computes_in_their_shards(world, case):
-    model = build(case).to(world[0])
-    x, target = batch(world[0])
+@cache
+def in_shards(case, device):
+    """The gradients of one process that computes in the shards of two ranks."""
+    model = build(case).to(device)
+    x, target = batch(device)
     parts = [(x, target)]
     if case.spread == "fsdp":  # accumulates over the batches of the ranks
         parts = list(zip(x.chunk(WORLD), target.chunk(WORLD), strict=True))
@@ -48,10 +55,17 @@ def test_two_ranks_quantize_like_one_process_that_computes_in_their_shards(world
             (shared.w2, of_rows),
         ):
             linear.forward = partial(of_shards, F.linear, linear)
-    compile_block(model, replace(case, codegen="eager"))
+    compile_block(model, case)
     for part in parts:
         step(model, *part)
-    expected = {name: g.float() / len(parts) for name, g in gradients(model).items()}
+    return {name: g.float() / len(parts) for name, g in gradients(model).items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_two_ranks_quantize_like_one_process_that_computes_in_their_shards(world, case):
+    spread = "fsdp" if case.spread == "fsdp" else "tp"  # of which the others have the shards
+    plain = replace(case, name="", spread=spread, codegen="eager", masters=False)
+    expected = in_shards(plain, world[0])
     # TP adds what the shared and the routed experts give in another order than one process does, so
     # that the gradient of the loss differs in last places and some codes do. FSDP adds nothing.
     bound = 0.01 if case.spread == "fsdp" else 0.1

@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch.nn.functional as F
@@ -28,12 +28,18 @@ def local_rows(case):
     return rows
 
 
+@cache
+def whole(case, device):
+    """The loss and the gradients of one process, whatever ``spread`` is."""
+    model = Model(case).to(device)
+    compile_layers(model, case)
+    return step(model, *batch(device)).item(), gradients(model)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_two_ranks_have_the_loss_and_gradients_of_one_process(world, case):
-    model = Model(case).to(world[0])
-    compile_layers(model, replace(case, codegen="eager"))
-    loss = step(model, *batch(world[0])).item()
-    expected = gradients(model)
+    plain = replace(case, name="", spread="", codegen="eager", masters=False)
+    loss, expected = whole(plain, world[0])
     for made in results(world, case.name):
         assert made["loss"] == pytest.approx(loss, rel=2e-3)
         assert far_from(expected, made["gradients"], BOUNDS[case.recipe]) == {}
@@ -42,10 +48,11 @@ def test_two_ranks_have_the_loss_and_gradients_of_one_process(world, case):
 NOT_RANDOM = [c for c in CASES if c.recipe != "nvfp4"]  # which draws, each rank for itself
 
 
-@pytest.mark.parametrize("case", NOT_RANDOM, ids=lambda case: case.name)
-def test_two_ranks_quantize_like_one_process_that_computes_in_their_shards(world, case):
-    model = Model(case).to(world[0])
-    x, target = batch(world[0])
+@cache
+def in_shards(case, device):
+    """The gradients of one process that computes in the shards of two ranks."""
+    model = Model(case).to(device)
+    x, target = batch(device)
     parts = [(x, target)]
     if case.spread == "fsdp":  # accumulates over the batches of the ranks
         parts = list(zip(x.chunk(WORLD), target.chunk(WORLD), strict=True))
@@ -55,10 +62,17 @@ def test_two_ranks_quantize_like_one_process_that_computes_in_their_shards(world
             of_shards = of_rows if name in ROW_PARALLEL else of_columns
             multiply = partial(lpcompile.linear, recipe=case.recipe)
             linear.forward = partial(of_shards, multiply if case.converted else F.linear, linear)
-    compile_layers(model, replace(case, codegen="eager"))
+    compile_layers(model, case)
     for part in parts:
         step(model, *part)
-    expected = {name: g.float() / len(parts) for name, g in gradients(model).items()}
+    return {name: g.float() / len(parts) for name, g in gradients(model).items()}
+
+
+@pytest.mark.parametrize("case", NOT_RANDOM, ids=lambda case: case.name)
+def test_two_ranks_quantize_like_one_process_that_computes_in_their_shards(world, case):
+    spread = "fsdp" if case.spread == "fsdp" else "tp"  # of which "sp" has the shards
+    plain = replace(case, name="", spread=spread, codegen="eager", masters=False)
+    expected = in_shards(plain, world[0])
     # TP sums partial products in another order, and Inductor leaves out roundings to bf16: a few
     # percent of the codes differ. FSDP computes the very same.
     same = case.spread == "fsdp" and case.codegen == "eager"
