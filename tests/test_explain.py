@@ -86,6 +86,32 @@ def test_linears_that_share_x_share_what_quantizing_it_costs():
     assert "wgrad" in narrowed[3]
 
 
+def test_a_transposed_product_is_predicted_to_take_as_long():
+    class Two(nn.Module):
+        """Products of one x, which is made by a pointwise op, each with a weight of its own."""
+
+        def __init__(self, transposed):
+            super().__init__()
+            self.w1, self.w2 = (nn.Parameter(torch.randn(14336, 4096)) for _ in range(2))
+            self.transposed = transposed
+
+        def forward(self, h):
+            x = F.relu(h)
+            if self.transposed:
+                return (self.w1 @ x.t()).t(), (self.w2 @ x.t()).t()
+            return x @ self.w1.t(), x @ self.w2.t()
+
+    said = []
+    for transposed in (False, True):
+        with torch.device("meta"):
+            model = Two(transposed).bfloat16()
+            h = torch.randn(16384, 4096, dtype=torch.bfloat16, requires_grad=True)
+        report = lpcompile.explain(model, h)
+        said.append(sorted((r.product, r.m, r.n, r.k, r.reason) for r in report.rows))
+    assert len(said[0]) == 6
+    assert said[0] == said[1]
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_tensor_parallel_model_shows_the_sizes_of_a_shard(mesh, device):
     plan = {"w1": ColwiseParallel(), "w3": ColwiseParallel(), "w2": RowwiseParallel()}
