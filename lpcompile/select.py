@@ -78,8 +78,11 @@ class Selection:
             return Choice(label, gemm, why)
         target = self.options.target_of(recipe)
         m, n, k = (s for s in sizes if s is not None)
-        lhs, rhs = (self.readers[r] for r in _reads(site))
-        reads = _num_reads(site.lhs, site, recipe), _num_reads(site.rhs, site, recipe)
+        sides = [
+            (self.readers[read], _num_reads(operand, site, recipe))
+            for operand, read in zip((site.lhs, site.rhs), _reads(site), strict=True)
+        ]
+        lhs, rhs = sides if site.lhs_is_first else sides[::-1]
         estimate = cost.gain(
             site.product,
             gemm,
@@ -88,8 +91,8 @@ class Selection:
             k,
             cost.DEVICES[target],
             num_groups=site.num_groups,
-            readers=(lhs, rhs) if site.lhs_is_first else (rhs, lhs),
-            reads=reads if site.lhs_is_first else reads[::-1],
+            readers=(lhs[0], rhs[0]),
+            reads=(lhs[1], rhs[1]),
         )
         times = f"{estimate.bf16_us:.0f} us in bf16, {estimate.lowprec_us:.0f} us in {label}"
         if not estimate.profitable:
