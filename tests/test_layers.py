@@ -10,8 +10,8 @@ LAYERS = [  # from the bottom up; a folder is one unit
     "recipes cost options",
     "ops",
     "gemm gemm_grouped quantized sharded "
-    "graph ahead flow cones fusion gathers lanes lift saved liveness sites structure select "
-    "placement peak draws report source dumps verify",
+    "graph ahead flow cones fusion gathers lanes joins ends lift saved liveness sites structure "
+    "select placement peak draws report source dumps verify",
     "functional grouped experts passes lowerings",
     "pipeline",
     "backend explain api convert switch",
