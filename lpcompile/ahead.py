@@ -52,7 +52,7 @@ def start(graph: fx.Graph) -> list[Future[int]]:
 def compile_for(calls: Iterable[tuple[Any, tuple[Any, ...]]]) -> int:
     """Compile what calls of ops, on tensors that are there, will launch; how many kernels it is."""
     mode = FakeTensorMode()
-    launches = [
+    launches: list[tuple[Any, ...]] = [
         (LAUNCHES[op], pytree.tree_map_only(Tensor, mode.from_tensor, args), {})
         for op, args in calls
     ]
