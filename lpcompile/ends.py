@@ -36,8 +36,8 @@ def offs_of(loop: Loop) -> fx.Node:
         counts = _elements(last.graph, numbers)
         if counts is not None:
             elsewhere = device if value(counts).device != device else None
-            bring = partial(_from_tensor, are_sizes=are_sizes, device=elsewhere)
-            made = emit(last, bring, counts, meta=meta)
+            how = {"are_sizes": are_sizes, "device": elsewhere}
+            made = emit(last, _from_tensor, counts, **how, meta=meta)
             return made
     make = partial(call, last.graph)
     kind = {"dtype": torch.int32, "device": device}

@@ -186,12 +186,14 @@ def fake_mode(graph: fx.Graph) -> Any:
     return next(t.fake_mode for t in made if isinstance(t, FakeTensor))
 
 
-def emit(before: fx.Node, call: Callable[..., Any], *args: Any, meta: dict[str, Any]) -> Any:
+def emit(
+    before: fx.Node, call: Callable[..., Any], /, *args: Any, meta: dict[str, Any], **kwargs: Any
+) -> Any:
     """Trace ``call`` into the graph in front of a node: nodes in, nodes out."""
     tracer = _Emitter(before.graph, meta)
     with before.graph.inserting_before(before):
-        given: Any = map_arg(args, partial(fx.Proxy, tracer=tracer))  # type: ignore[arg-type]
-        return _nodes(call(*given))
+        given: Any = map_arg((args, kwargs), partial(fx.Proxy, tracer=tracer))  # type: ignore[arg-type]
+        return _nodes(call(*given[0], **given[1]))
 
 
 def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

@@ -5,7 +5,6 @@ Every product of a weight for each expert becomes ``aten._grouped_mm``. See ``lp
 
 import operator
 from collections.abc import Callable
-from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -82,9 +81,9 @@ class Lift:
             whole = self._whole(first.args[0])
             self.wholes[family] = emit(before, aten.permute.default, whole, dims, meta=meta)
         else:
-            again = partial(_callable(first), **first.kwargs)
             args = map_arg(first.args, self._whole)
-            self.wholes[family] = emit(before, again, *args, meta=meta)
+            again = emit(before, _callable(first), *args, **first.kwargs, meta=meta)
+            self.wholes[family] = again
 
     def _whole(self, node: Any) -> fx.Node:
         return self.wholes[self.lanes.at[node][0]] if node in self.lanes.at else node
@@ -128,11 +127,10 @@ class Lift:
         for node in reversed(chain):
             key = (self.lanes.same.get(node, node),)
             if key not in self._made:
-                again: Any = partial(_callable(node), **node.kwargs)
-                args = node.args[1:]
+                again, args, kwargs = _callable(node), node.args[1:], node.kwargs
                 if swaps_last_two(node):
-                    again, args = aten.permute.default, (STACKED,)
-                self._made[key] = emit(before, again, whole, *args, meta=meta_of(node))
+                    again, args, kwargs = aten.permute.default, (STACKED,), {}
+                self._made[key] = emit(before, again, whole, *args, **kwargs, meta=meta_of(node))
             whole = self._made[key]
         return whole
 

@@ -38,23 +38,21 @@ def _rewrite(site: Site, how: Gemm, quantize: Callable[..., Any]) -> None:
     node = site.node
     out_dtype, cast = placement.out_dtype(site)
     roles = (how.lhs, how.rhs) if site.lhs_is_first else (how.rhs, how.lhs)
-    if site.grouping == "batch":
-        sides: list[Any] = [quantize(side, operand) for side, operand in enumerate(roles)]
-        offs = None
-    elif site.product == "wgrad":
-        made = [quantize(side, operand) for side, operand in enumerate(roles)]
-        sides = [quantized for quantized, _ in made]
-        offs = made[0 if site.lhs_is_first else 1][1]
-    else:
-        sides = [quantize(side, operand) for side, operand in enumerate(roles)]
-        offs = site.offs
-    multiply = partial(
-        gemm_grouped.multiply_grouped, out_dtype=out_dtype, fast_accum=how.fast_accum
-    )
+    made = [quantize(side, operand) for side, operand in enumerate(roles)]
+    sides = [quantized for quantized, _ in made]
+    _, offs = made[0 if site.lhs_is_first else 1]
     weight_is_first = site.product != "wgrad" and not site.lhs_is_first
     if weight_is_first:  # blocks of 128x128 are for second operands, so the product is transposed
         sides.reverse()
-    out = emit(node, multiply, *sides, offs, meta=meta_of(node))
+    out = emit(
+        node,
+        gemm_grouped.multiply_grouped,
+        *sides,
+        offs,
+        out_dtype=out_dtype,
+        fast_accum=how.fast_accum,
+        meta=meta_of(node),
+    )
     if weight_is_first:
         out = emit(node, aten.permute.default, out, [0, 2, 1], meta=meta_of(node))
     replace(node, out)
@@ -64,37 +62,25 @@ def _rewrite(site: Site, how: Gemm, quantize: Callable[..., Any]) -> None:
 
 def _quantize(
     site: Site, late: bool, draw: int, seed: fx.Node | None, side: int, how: Operand
-) -> Any:
-    """One operand, narrowed, with the contraction last."""
+) -> tuple[Any, fx.Node | None]:
+    """One operand, narrowed, with the contraction last; and where its groups of rows end."""
     node, operand = site.node, operands(site.node)[side]
     is_second = (side == 1) == site.lhs_is_first  # W, W and X in fprop, dgrad and wgrad
     meta = placement.quantize_meta(site, operand, is_second, late)
     x, transposed = peel(operand)
-    drawn, offs = (seed,) if how.rounding == "stochastic" else (), site.offs
+    given: dict[str, Any] = {"seed": seed, "draw": draw, "meta": meta}
+    ends = site.offs
     if site.grouping == "batch" or (is_second and site.product != "wgrad"):
-        call = partial(_matrices, how, transposed != (side == 1), draw)
-        made = quantized = emit(node, call, x, *drawn, meta=meta)
+        turned = transposed != (side == 1)
+        quantized = emit(node, gemm.quantize, x, how, transpose=turned, **given)
     elif site.product != "wgrad":
-        made = quantized = emit(node, partial(_tokens, how, draw), operand, offs, *drawn, meta=meta)
+        quantized = emit(node, gemm_grouped.quantize_tokens, operand, how, ends, **given)
     else:
         if side == 1:
             x = operand  # [T, C] as it is
         elif not transposed:
             x = emit(node, aten.permute.default, operand, [1, 0], meta=meta)
-        made = emit(node, partial(_groups_t, how, draw), x, offs, *drawn, meta=meta)
-        quantized = made[0]
+        quantized, ends = emit(node, gemm_grouped.quantize_groups_t, x, how, ends, **given)
     if is_second:
         placement.keep_amax(site, quantized.values)
-    return made
-
-
-def _matrices(how: Operand, transpose: bool, draw: int, x: Any, seed: Any = None) -> Any:
-    return gemm.quantize(x, how, transpose=transpose, seed=seed, draw=draw)
-
-
-def _tokens(how: Operand, draw: int, x: Any, offs: Any, seed: Any = None) -> Any:
-    return gemm_grouped.quantize_tokens(x, how, offs, seed, draw)
-
-
-def _groups_t(how: Operand, draw: int, x: Any, offs: Any, seed: Any = None) -> Any:
-    return gemm_grouped.quantize_groups_t(x, how, offs, seed, draw)
+    return quantized, ends

@@ -7,8 +7,7 @@ user's selective checkpointing and fails under DTensor. Post-grad cannot change 
 Where the new nodes run: ``lpcompile.placement``.
 """
 
-from collections.abc import Callable, Container
-from functools import partial
+from collections.abc import Container
 from typing import Any
 
 from torch import fx
@@ -28,13 +27,11 @@ def rewrite(choices: list[tuple[Site, Choice]], late: Container[fx.Node]) -> int
     chosen = [(s, c.gemm) for s, c in choices if c.gemm is not None and not s.grouping]
     seed = draws.seed(chosen)
     for site, how, draw in draws.numbered(chosen):
-        _rewrite(site, how, site.node in late, partial(gemm.quantize, draw=draw), seed)
+        _rewrite(site, how, site.node in late, seed=seed, draw=draw)
     return len(chosen)
 
 
-def _rewrite(
-    site: Site, how: Gemm, late: bool, quantize: Callable[..., Any], seed: fx.Node | None
-) -> None:
+def _rewrite(site: Site, how: Gemm, late: bool, **drawn: Any) -> None:
     node = site.node
     out_dtype, cast = placement.out_dtype(site)
     roles = (how.lhs, how.rhs) if site.lhs_is_first else (how.rhs, how.lhs)
@@ -44,19 +41,20 @@ def _rewrite(
         is_second = (side == 1) == site.lhs_is_first  # W, W and X in fprop, dgrad and wgrad
         meta = placement.quantize_meta(site, operand, is_second, late)
         x, transposed = peel(_matrix(node, operand))
-        how_quantize = partial(quantize, operand=how_operand, transpose=transposed != (side == 1))
-        given = (x, seed) if how_operand.rounding == "stochastic" else (x,)
-        made = emit(node, partial(_with_seed, how_quantize), *given, meta=meta)
+        turned = transposed != (side == 1)
+        made = emit(node, gemm.quantize, x, how_operand, transpose=turned, **drawn, meta=meta)
         if is_second:
             placement.keep_amax(site, made.values)
         quantized.append(made)
-    multiply = partial(
+    product = emit(
+        node,
         gemm.multiply,
+        *quantized,
         out_dtype=out_dtype,
         fast_accum=how.fast_accum,
         swizzled=how.lhs.fmt.swizzled,
+        meta=meta_of(node),
     )
-    product = emit(node, multiply, *quantized, meta=meta_of(node))
     if node.target is aten.addmm.default:
         product = emit(node, aten.add.Tensor, product, node.args[0], meta=meta_of(node))
     if node.target is aten.bmm.default:
@@ -64,10 +62,6 @@ def _rewrite(
     replace(node, product)
     if cast is not None:
         placement.fold(cast, product)
-
-
-def _with_seed(quantize: Callable[..., Any], x: Any, seed: Any = None) -> Any:
-    return quantize(x, seed=seed)
 
 
 def _matrix(before: fx.Node, operand: fx.Node) -> fx.Node:
