@@ -1,7 +1,8 @@
 """Merge equal quantizes in graphs that AOTAutograd does not: those of inference and no_grad.
 
 With a backward, AOT's own CSE runs in the partitioner, after the joint passes, and merges the
-quantizes that w1 and w3 make of one x. Without one no partitioner runs (torch 2.11 to 2.13).
+quantizes that w1 and w3 make of one x. Without one no partitioner runs (torch 2.11 to 2.13). What
+the caller gets stays apart: two copies of x are two tensors, of which he may write to one.
 """
 
 import operator
@@ -16,12 +17,8 @@ def run(graph: fx.Graph) -> int:
     seen: dict[tuple[object, ...], fx.Node] = {}
     count = 0
     for node in list(graph.nodes):
-        if node.op != "call_function" or not (
-            is_own(node)
-            or node.target in VIEWS
-            or node.target in TRANSPOSES
-            or (node.target is operator.getitem and is_own(node.all_input_nodes[0]))
-        ):
+        part = node.target is operator.getitem and is_own(node.all_input_nodes[0])
+        if not (is_own(node) or part or _is_view(node)) or _is_returned(node):
             continue
         key = (node.target, repr(node.args), repr(node.kwargs))
         first = seen.setdefault(key, node)
@@ -30,3 +27,12 @@ def run(graph: fx.Graph) -> int:
             graph.erase_node(node)
             count += 1
     return count
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.op == "call_function" and (node.target in VIEWS or node.target in TRANSPOSES)
+
+
+def _is_returned(node: fx.Node) -> bool:
+    """Whether the caller gets a node, or a view of it."""
+    return any(u.op == "output" or (_is_view(u) and _is_returned(u)) for u in node.users)
