@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from oracle import compiled, data
+from torch import nn
 
 from lpcompile.pipeline import observe
 
@@ -11,9 +12,9 @@ def test_linears_of_one_x_quantize_it_once_though_each_copies_it():
     def both(x, w1, w3):
         return F.silu(x.t().clone() @ w1.t()) * (x.t().clone() @ w3.t())
 
-    x, w1, w3 = (data(*size).detach() for size in [(64, 32), (48, 64), (48, 64)])
+    x, *weights = (data(*size).detach() for size in [(64, 32), (48, 64), (48, 64)])
     with torch.no_grad(), observe() as compiles:
-        made = compiled(both)(x, w1, w3)
+        made = compiled(both)(x, *map(nn.Parameter, weights))
     assert made.shape == (32, 48)
     assert compiles[0].counts["deduplicate"] == 5  # a transpose, a copy, a quantize of two parts
 
@@ -22,7 +23,7 @@ def test_copies_that_the_caller_gets_are_tensors_of_their_own():
     def copies(x, w):
         return F.linear(x, w), x.clone(), x.clone(), x.clone().view(-1), x.clone().view(-1)
 
-    x, w = data(32, 64).detach(), data(48, 64).detach()
+    x, w = data(32, 64).detach(), nn.Parameter(data(48, 64).detach())
     with torch.no_grad():
         _, *made = compiled(copies)(x, w)
     for one in made:
