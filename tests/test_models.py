@@ -140,6 +140,21 @@ def test_a_router_stays_bf16_whatever_it_is_called(gate):
     assert "top-k" in reasons(compiles)["z"]
 
 
+def test_linears_before_an_attention_are_no_gates_of_what_comes_after_it():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(64, 64, bias=False)
+
+        def forward(self, x):
+            q = self.q(x).view(1, 1, 32, 64)
+            return F.scaled_dot_product_attention(q, q, q).softmax(-1)
+
+    with observe() as compiles:
+        step(compiled(bf16(Model())), data(32, 64))
+    assert roles(compiles, module="q") == times(1)
+
+
 def test_a_rule_that_names_a_router_narrows_it_and_a_star_does_not():
     class Model(nn.Module):
         def __init__(self):

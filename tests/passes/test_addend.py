@@ -116,3 +116,14 @@ def test_a_sum_is_made_in_a_gemm_or_stays(monkeypatch, name):
     assert sum("addend" in n.kwargs for n in calls(forward, [ops.scaled_grouped_mm.op])) == folded
     expected, *_ = run(monkeypatch, model, x, other, folds=False)
     assert same(made, expected)
+
+
+class OfRelu(Sum):
+    def forward(self, x, other, offs):
+        return super().forward(x, other.relu(), offs)
+
+
+def test_what_a_pointwise_op_made_before_the_product_stays_with_the_sum(monkeypatch):
+    model = bf16(OfRelu(SUMS["a tensor that is there"][0]))
+    _, _, (forward, _) = run(monkeypatch, model, data(T, DIM), data(T, DIM))
+    assert not any("addend" in n.kwargs for n in calls(forward, [ops.scaled_grouped_mm.op]))
