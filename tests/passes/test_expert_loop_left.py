@@ -67,6 +67,12 @@ LEFT = {
         torch.cat,
         "do not tile the rows",
     ),
+    "rows that begin alike": (
+        by_numbers((0, 20), (0, 40), (20, 40), (40, 64)),
+        plain,
+        torch.cat,
+        "slices of the rows overlap",
+    ),
     "rows that are left out": (
         by_numbers((0, 20), (20, 30), (30, 50), (50, 60)),
         plain,
