@@ -80,18 +80,21 @@ def peel(node: fx.Node) -> tuple[fx.Node, bool]:
     return node, transposed
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether a node is a view, a transpose or a copy: the same elements."""
+    return node.target in VIEWS or node.target in TRANSPOSES
+
+
 def base(node: fx.Node) -> fx.Node:
-    """The node under views, transposes and copies: the same elements."""
-    while node.op == "call_function" and (node.target in VIEWS or node.target in TRANSPOSES):
+    """The node under views, transposes and copies."""
+    while is_view(node):
         node = node.all_input_nodes[0]
     return node
 
 
 def root(node: fx.Node) -> fx.Node:
     """The node under views, transposes, copies and casts."""
-    while node.op == "call_function" and (
-        node.target in VIEWS or node.target in TRANSPOSES or node.target in CASTS
-    ):
+    while is_view(node) or node.target in CASTS:
         node = node.all_input_nodes[0]
     return node
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from lpcompile.flow import Flow
-from lpcompile.graph import CASTS, TRANSPOSES, VIEWS, hint, value
+from lpcompile.graph import CASTS, hint, is_view, value
 
 
 class Held:
@@ -73,11 +73,5 @@ def _is_small(node: fx.Node, size: int | None) -> bool:
 
 def is_cheap(node: fx.Node) -> bool:
     """A pointwise op, a cast or a view: what the backward makes again rather than reads."""
-    if node.op != "call_function":
-        return False
-    return (
-        node.target in CASTS
-        or node.target in VIEWS
-        or node.target in TRANSPOSES
-        or torch.Tag.pointwise in getattr(node.target, "tags", ())
-    )
+    is_one = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return is_one or node.target in CASTS or is_view(node)

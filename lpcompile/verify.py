@@ -28,7 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lpcompile import ops, saved
 from lpcompile.errors import VerifyError
 from lpcompile.flow import Flow, Leaves
-from lpcompile.graph import BACKWARD, META, TRANSPOSES, VIEWS, alike, aten, is_own, root
+from lpcompile.graph import BACKWARD, META, TRANSPOSES, alike, aten, is_own, is_view, root
 from lpcompile.ops.define import PRODUCTS
 
 # Their fake outputs are new symbols at every call.
@@ -243,10 +243,7 @@ def _feeds_own(node: fx.Node | None) -> bool:
     """Whether one of lpcompile's ops reads a node, through views of it."""
     if node is None:
         return False
-    return any(
-        is_own(u) or ((u.target in VIEWS or u.target in TRANSPOSES) and _feeds_own(u))
-        for u in node.users
-    )
+    return any(is_own(u) or (is_view(u) and _feeds_own(u)) for u in node.users)
 
 
 def _storage(node: fx.Node) -> StorageWeakRef | None:

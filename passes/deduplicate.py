@@ -9,7 +9,7 @@ import operator
 
 from torch import fx
 
-from lpcompile.graph import TRANSPOSES, VIEWS, is_own
+from lpcompile.graph import is_own, is_view
 
 
 def run(graph: fx.Graph) -> int:
@@ -18,7 +18,7 @@ def run(graph: fx.Graph) -> int:
     count = 0
     for node in list(graph.nodes):
         part = node.target is operator.getitem and is_own(node.all_input_nodes[0])
-        if not (is_own(node) or part or _is_view(node)) or _is_returned(node):
+        if not (is_own(node) or part or is_view(node)) or _is_returned(node):
             continue
         key = (node.target, repr(node.args), repr(node.kwargs))
         first = seen.setdefault(key, node)
@@ -29,10 +29,6 @@ def run(graph: fx.Graph) -> int:
     return count
 
 
-def _is_view(node: fx.Node) -> bool:
-    return node.op == "call_function" and (node.target in VIEWS or node.target in TRANSPOSES)
-
-
 def _is_returned(node: fx.Node) -> bool:
     """Whether the caller gets a node, or a view of it."""
-    return any(u.op == "output" or (_is_view(u) and _is_returned(u)) for u in node.users)
+    return any(u.op == "output" or (is_view(u) and _is_returned(u)) for u in node.users)
