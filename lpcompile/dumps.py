@@ -152,7 +152,6 @@ class Dump:
             self.parts[part] += 1
         self.num_passed = 0
         self.text = self.graph(f"{self.stem}_0_{how}", graph, "The graph before the passes")
-        self.before = saved.copy(graph)
 
     def passed(self, graph: fx.Graph, name: str, count: int) -> None:
         """Write the graph after a pass that made ``count`` changes, and the difference."""
@@ -165,12 +164,12 @@ class Dump:
         self._write(f"{stem}.diff", "\n".join(lines) + "\n", f"what pass {name} changed")
         self.text = text
 
-    def gemms(self, graph: fx.Graph, rows: Mapping[str, Row]) -> None:
-        """Write what became of every GEMM, given by name, now that the passes have run."""
+    def gemms(self, before: fx.Graph, graph: fx.Graph, rows: Mapping[str, Row]) -> None:
+        """Write what became of every GEMM that was found ``before``, given by name."""
         prefix = self._prefix(graph)
         report = str(Report(list(rows.values())))
         self._write(f"{prefix}report.txt", report, "every GEMM, with the reason")
-        old = {n.name: n for n in self.before.nodes}
+        old = {n.name: n for n in before.nodes}
         new = {n.name: n for n in graph.nodes}
         text = "\n".join(
             self._gemm(row, _prepared(old[name], set()), _prepared(new[name], set(old)))

@@ -126,6 +126,7 @@ class JointPass(CustomGraphPass):
             flow = Flow(graph, compile.leaves)
             sites = find(graph, flow)
         choices = _choose(graph, sites, compile, notes)
+        before = saved.copy(graph) if compile.dump else graph
         rows = {site.node.name: _row(site, choice) for site, choice in choices}
         compile.rows += rows.values()
         late = placement.late([(s, c.gemm) for s, c in choices if c.gemm is not None], flow)
@@ -138,7 +139,7 @@ class JointPass(CustomGraphPass):
             steps.append(("deduplicate", partial(deduplicate.run, graph)))
         run_steps(graph, steps, compile, compile.leaves)
         if compile.dump:
-            compile.dump.gemms(graph, rows)
+            compile.dump.gemms(before, graph, rows)
 
     def uuid(self) -> str:
         # Recipes and devices by what they are too: a user may have put others under a name.

@@ -133,6 +133,20 @@ def test_a_gemm_is_read_before_and_after_in_a_few_lines(tmp_path):
     assert sorted(products) == ["dgrad", "fprop", "wgrad"]
 
 
+def test_a_product_that_a_pass_made_of_a_loop_is_read_before_and_after(tmp_path):
+    def experts(x, w):
+        return torch.cat([part @ w[e].t() for e, part in enumerate(x.split(16))])
+
+    x = torch.randn(32, 64).bfloat16().requires_grad_()
+    w = nn.Parameter(torch.randn(2, 48, 64).bfloat16())
+    with lpcompile.dump(tmp_path):
+        compiled(experts)(x, w).sum().backward()
+    fprop = (tmp_path / "graph_0" / "gemms.txt").read_text().split("fprop")[1]
+    before, after, *_ = fprop.split("  after\n")
+    assert "_grouped_mm = aten._grouped_mm.default(" in before
+    assert "_grouped_mm = lpcompile.scaled_grouped_mm(" in after
+
+
 def test_a_diff_touches_the_gemms_alone(tmp_path):
     linear(tmp_path)
     lines = (tmp_path / "graph_0" / "joint_1_linear.diff").read_text().splitlines()
