@@ -11,6 +11,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+import lpcompile
 from lpcompile.pipeline import observe
 
 
@@ -127,6 +128,18 @@ def test_no_copy_of_a_weight_is_saved():
     copies = [s for s in sizes if tuple(sorted(s[0])) in matrices and s[2] not in own]
     assert sizes
     assert copies == []
+
+
+def test_under_one_scale_the_amax_of_a_weight_is_taken_in_the_forward_alone(tmp_path):
+    def deep(x, w1, w2):
+        return x @ w1.t() @ w2.t()
+
+    weights = [nn.Parameter(torch.randn(s).bfloat16()) for s in [(96, 64), (64, 96)]]
+    with lpcompile.dump(tmp_path):
+        compiled(deep, recipe="fp8_tensorwise")(data(64, 64), *weights).sum().backward()
+    parts = [(tmp_path / "graph_0" / f"{part}.py").read_text() for part in ("forward", "backward")]
+    taken = [part.count("= lpcompile.amax_tensor(") for part in parts]
+    assert taken == [4, 2]  # of x, w1, h and w2; of their gradients
 
 
 def test_every_backward_draws_a_seed_of_its_own():
