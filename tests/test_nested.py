@@ -163,3 +163,17 @@ def test_activations_that_a_region_multiplies_are_no_linear():
     assert rewritten(compiles) == linears("")
     (reason,) = {r.reason for c in compiles for r in c.rows if not r.rewritten}
     assert reason == "a product of two activations"
+
+
+def test_what_is_a_weight_in_one_call_of_a_region_and_not_in_another_is_none():
+    @torch.compiler.nested_compile_region
+    def product(x, y):
+        return x @ y.t()
+
+    def model(x, w):
+        return product(x, torch.tanh(product(x, w)))
+
+    x, w = torch.randn(64, 64).bfloat16(), nn.Parameter(torch.randn(64, 64).bfloat16())
+    with observe() as compiles:
+        compiled(model)(x.requires_grad_(), w).sum().backward()
+    assert {r.reason for c in compiles for r in c.rows} == {"a product of two activations"}

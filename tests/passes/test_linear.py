@@ -237,3 +237,12 @@ def test_an_unbacked_number_of_rows_is_narrowed(count, device):
     expected = run(lambda x, w: chosen(lpcompile.linear, x, w), x, w)
     for m, e in zip(made, expected, strict=True):
         assert close(m, e) == ""
+
+
+def test_the_gradient_of_a_master_weight_is_not_rounded_to_bf16():
+    w, x = torch.nn.Parameter(torch.randn(48, 64)), torch.randn(32, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = compile(F.linear)(x, w)
+    y.backward(torch.randn(32, 48).bfloat16())
+    assert w.grad.dtype == torch.float32
+    assert not torch.equal(w.grad, w.grad.bfloat16().float())
