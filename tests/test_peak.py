@@ -52,14 +52,13 @@ def test_experts_hold_no_more_than_in_bf16(monkeypatch, name):
 
 def traced(*calls):
     """A graph of calls, whose arguments go by name; "saved" is a [64, 64] one."""
-    graph, mode, made = fx.Graph(), FakeTensorMode(), {}
+    graph, made = fx.Graph(), {}
     made["saved"] = graph.placeholder("saved")
-    with mode:
+    with FakeTensorMode():
         made["saved"].meta["val"] = torch.empty(64, 64)
     for name, target, *args in calls:
-        made[name] = call(
-            graph, mode, target, *(made[a] if isinstance(a, str) and a in made else a for a in args)
-        )
+        given = (made[a] if isinstance(a, str) and a in made else a for a in args)
+        made[name] = call(graph, target, *given)
     graph.output(made[name])
     return graph, made
 
