@@ -21,6 +21,7 @@ from expert_loops import (
     reasons,
     roles,
     run,
+    split,
     step,
     times,
 )
@@ -74,6 +75,18 @@ def test_weights_that_lie_apart_are_stacked_and_no_copy_is_saved(device):
     assert after < 2 * T * (2 * K + 3 * N) + 64 * E  # x, gate, up and no weight of E * 3 * K * N
     for m, e in zip(made, step(model.oracle, model, x, counts), strict=True):
         assert per_column(0.02)(m, e) == ""
+
+
+def test_experts_whose_weights_are_in_another_order_have_the_oracles_gradients():
+    def backwards(x, w, counts):
+        return torch.cat([t @ w[E - 1 - e] for e, t in enumerate(split(x, counts))])
+
+    args = data()
+    with observe() as compiles:
+        made = run(compiled(backwards), *args)
+    assert roles(compiles) == times(1)
+    expected = run(lambda x, w, counts: product(x, w.flip(0), counts, "fp8_rowwise"), *args)
+    assert_same(made, expected)
 
 
 class Few(Experts):
