@@ -22,3 +22,15 @@ def test_what_many_tensors_make_is_written_and_then_read(inputs, fused):
     with torch.no_grad(), observe() as compiles:
         compiled(product, recipe="fp8_tensorwise")(nn.Parameter(w), *xs)
     assert compiles[0].counts["fuse"] == fused
+
+
+@pytest.mark.parametrize(("also", "fused"), [(False, 1), (True, 0)])
+def test_what_somebody_else_reads_is_in_memory_and_made_once(also, fused):
+    def of_relu(w, x):
+        h = torch.relu(x)
+        return (F.linear(h, w), h) if also else F.linear(h, w)
+
+    w, x = (data(48, 64).detach() for _ in range(2))
+    with torch.no_grad(), observe() as compiles:
+        compiled(of_relu, recipe="fp8_tensorwise")(nn.Parameter(w), x)
+    assert compiles[0].counts["fuse"] == fused
