@@ -1,6 +1,7 @@
 """Fused quantizes of one matrix: where two reads of what makes it are fewer bytes than a copy."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from oracle import compiled, data
 from torch import nn
 
+import lpcompile
+from lpcompile.ops.define import per_column
 from lpcompile.pipeline import observe
 
 
@@ -24,6 +27,19 @@ def test_what_many_tensors_make_is_written_and_then_read(inputs, fused):
     assert compiles[0].counts["fuse"] == fused
 
 
+@pytest.mark.parametrize(("ops", "fused"), [(40, 1), (60, 0)])
+def test_what_is_too_much_for_a_program_is_written_and_then_read(ops, fused):
+    def deep(x, w):
+        for _ in range(ops):
+            x = torch.sigmoid(x)
+        return F.linear(x, w)
+
+    x, w = (data(48, 64).detach() for _ in range(2))
+    with torch.no_grad(), observe() as compiles:
+        compiled(deep, recipe="fp8_tensorwise")(x, nn.Parameter(w))
+    assert compiles[0].counts["fuse"] == fused
+
+
 @pytest.mark.parametrize(("also", "fused"), [(False, 1), (True, 0)])
 def test_what_somebody_else_reads_is_in_memory_and_made_once(also, fused):
     def of_relu(w, x):
@@ -34,3 +50,20 @@ def test_what_somebody_else_reads_is_in_memory_and_made_once(also, fused):
     with torch.no_grad(), observe() as compiles:
         compiled(of_relu, recipe="fp8_tensorwise")(nn.Parameter(w), x)
     assert compiles[0].counts["fuse"] == fused
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "merged"), [("fp8_tensorwise", "fuse", 2), ("mxfp8", "fuse_micro", 4)]
+)
+def test_a_tensor_that_is_computed_from_another_s_product_is_not_made_with_it(recipe, name, merged):
+    def gated(linear, x, w1, w2):
+        h = torch.relu(x)
+        return linear(h * linear(h, w1), w2)
+
+    x, w1, w2 = (data(64, 64).detach() for _ in range(3))
+    weights = nn.Parameter(w1), nn.Parameter(w2)
+    with torch.no_grad(), observe() as compiles:
+        made = compiled(partial(gated, F.linear), recipe=recipe)(x, *weights)
+    assert compiles[0].counts[name] == merged
+    expected = gated(partial(lpcompile.linear, recipe=recipe), x, w1, w2)
+    assert per_column(0.006)(made, expected) == ""
