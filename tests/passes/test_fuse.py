@@ -67,3 +67,18 @@ def test_a_tensor_that_is_computed_from_another_s_product_is_not_made_with_it(re
     assert compiles[0].counts[name] == merged
     expected = gated(partial(lpcompile.linear, recipe=recipe), x, w1, w2)
     assert per_column(0.006)(made, expected) == ""
+
+
+@pytest.mark.parametrize(("inputs", "merged"), [(3, 2), (4, 0)])
+def test_a_gradient_of_many_tensors_is_written_and_then_read_for_both_its_copies(inputs, merged):
+    """In blocks of 32 each copy is a kernel that reads every input."""
+
+    def scaled(x, w, *factors):
+        return math.prod([F.linear(x, w), *factors])
+
+    x, w, *factors = (data(64, 64).detach() for _ in range(1 + inputs))
+    with observe() as compiles:
+        y = compiled(scaled, recipe="mxfp8")(x.requires_grad_(), nn.Parameter(w), *factors)
+    y.backward(torch.ones_like(y))
+    others = 4  # x and w both ways, each with its tiles of scales
+    assert compiles[0].counts["fuse_micro"] == others + merged
