@@ -76,8 +76,7 @@ def _picks(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         if isinstance(index, fx.Node) and index.target is aten.expand.default:
             rows = index.all_input_nodes[0]
             if len(shape(rows)) == 2 and statically_known_true(shape(rows)[1] == 1):
-                whole = statically_known_true(shape(index)[1] == shape(node)[1])
-                return (args[0], rows) if whole else None  # type: ignore[return-value]
+                return args[0], rows  # type: ignore[return-value]
     return None
 
 
