@@ -160,6 +160,16 @@ def test_of_two_rules_that_match_the_first_wins():
     assert set(recipes(compiles).values()) == {"bf16"}
 
 
+def test_a_star_is_for_what_no_rule_before_it_names():
+    m = model(2)
+    rules = [("layers.*.up", "bf16"), ("*", "fp8_tensorwise")]
+    lpcompile.compile_blocks(m, rules=rules, options=EAGER)
+    with observe() as compiles:
+        m(x())
+    found = {module: recipe for (module, _), recipe in recipes(compiles).items()}
+    assert found == {"up": "bf16", "down": "fp8_tensorwise"}
+
+
 @pytest.mark.parametrize(
     "resolve",
     [

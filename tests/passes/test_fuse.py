@@ -82,3 +82,15 @@ def test_a_gradient_of_many_tensors_is_written_and_then_read_for_both_its_copies
     y.backward(torch.ones_like(y))
     others = 4  # x and w both ways, each with its tiles of scales
     assert compiles[0].counts["fuse_micro"] == others + merged
+
+
+def test_a_sum_with_a_factor_is_no_sum_of_the_two():
+    def shifted(linear, x, y, w):
+        return linear(torch.add(x, y, alpha=2), w)
+
+    x, y, w = (data(48, 64).detach() for _ in range(3))
+    made = compiled(partial(shifted, F.linear), recipe="fp8_tensorwise")
+    with torch.no_grad():
+        y_made = made(x, y, nn.Parameter(w))
+    expected = shifted(partial(lpcompile.linear, recipe="fp8_tensorwise"), x, y, w)
+    assert per_column(0.006)(y_made, expected) == ""
