@@ -10,7 +10,7 @@ A graph from Inductor's cache comes without passes, and needs none of this: Trit
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, cast
@@ -21,7 +21,6 @@ from torch import Tensor, fx
 from torch._inductor.async_compile import get_compile_threads
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 from triton import AsyncCompileMode
 from triton.runtime.jit import JITFunction, MockTensor
 
@@ -47,16 +46,6 @@ def start(graph: fx.Graph) -> list[Future[int]]:
     made = executor.submit(_compile, mode, launches, torch.cuda.current_device())
     executor.shutdown(wait=False)
     return [made]
-
-
-def compile_for(calls: Iterable[tuple[Any, tuple[Any, ...]]]) -> int:
-    """Compile what calls of ops, on tensors that are there, will launch; how many kernels it is."""
-    mode = FakeTensorMode()
-    launches: list[tuple[Any, ...]] = [
-        (LAUNCHES[op], pytree.tree_map_only(Tensor, mode.from_tensor, args), {})
-        for op, args in calls
-    ]
-    return _compile(mode, launches, torch.cuda.current_device())
 
 
 def _launch(node: fx.Node, mode: FakeTensorMode) -> tuple[Any, ...] | None:
