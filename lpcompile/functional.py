@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.distributed.tensor import DTensor
 
 from lpcompile import gemm, sharded
@@ -41,6 +41,7 @@ class _Linear(torch.autograd.Function):
         return product(x, w, recipe.fprop)
 
     @staticmethod
+    @once_differentiable  # rounding has no gradient of its own, and its ops none to give
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (x, w), recipe = ctx.saved_tensors, ctx.recipe
         seed = gemm.new_seed(dy.device) if recipe.is_stochastic else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lpcompile import gemm_grouped
 from lpcompile.errors import ShapeError
@@ -27,6 +28,7 @@ class _GroupedMM(torch.autograd.Function):
         return gemm_grouped.grouped_mm(x, w, offs, recipe.fprop, transpose=True)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, w, offs = ctx.saved_tensors
         dx = dw = None
