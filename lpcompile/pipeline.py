@@ -116,6 +116,8 @@ class JointPass(CustomGraphPass):
             compile.originals[graph] = saved.copy(graph)
         if compile.dump:
             compile.dump.given(graph, "traced")
+        if compile.options.verify:
+            verify.begin(graph)
         flow = Flow(graph, compile.leaves)
         sites = find(graph, flow)
         notes: expert_loop.Notes = {}

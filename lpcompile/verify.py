@@ -37,6 +37,8 @@ UNREPEATABLE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 THROUGH = {operator.getitem, aten.index.Tensor, aten.view.dtype, *TRANSPOSES}
 # May be taken in the forward for the backward, and are saved then.
 OF_WEIGHTS = {ops.amax_column.op, ops.amax_tensor.op}
+# In the meta of an op that the user called, as ``lpcompile.linear`` does: no pass placed it.
+GIVEN = "lowprec_given"
 # A quantize has these of the product that it is for; when it runs may differ.
 PLACEMENT = {"partitioner_tag", "recompute"}
 
@@ -63,6 +65,12 @@ class Before:
         """Whether the graph had this call, of the same arguments and fake values."""
         pairs = zip(_parts(node), self.calls.get(node, ()), strict=False)
         return node in self.calls and all(part is was for part, was in pairs)
+
+
+def begin(graph: fx.Graph) -> None:
+    """Tell apart, before any pass, the ops that the user called from those that passes make."""
+    for node in filter(is_own, graph.nodes):
+        node.meta[GIVEN] = True
 
 
 def passed(graph: fx.Graph, name: str, before: Before, leaves: Leaves | None = None) -> None:
@@ -176,7 +184,7 @@ def _lost_metas(graph: fx.Graph, before: Before) -> Iterator[str]:
         lost = _differing(node.meta, before.metas.get(node.name, node.meta), set())
         if lost:
             yield f"{_call(node)} has another {lost} than the call that it replaced"
-    for node in own:
+    for node in filter(_is_made, own):
         products = [] if node.target in PRODUCTS else list(_products(node))
         losses = [_differing(node.meta, p.meta, PLACEMENT) for p in products]
         if losses and all(losses):
@@ -194,7 +202,7 @@ def _misplaced(graph: fx.Graph, flow: Flow) -> Iterator[str]:
         tag = node.meta.get("partitioner_tag")
         if tag == BACKWARD or any(i in late for i in node.all_input_nodes):
             late.add(node)
-        if not is_own(node) or node not in flow.weights or node.target in OF_WEIGHTS:
+        if not _is_made(node) or node not in flow.weights or node.target in OF_WEIGHTS:
             continue
         products = list(_products(node))
         if products and all(p in flow.gradients for p in products) and node not in late:
@@ -226,7 +234,7 @@ def _weight_copies(
     for node in saved.nodes(forward, num_outputs):
         if node not in flow.weights or _storage(node) in inputs:
             continue
-        if node.target is operator.getitem and is_own(node.all_input_nodes[0]):
+        if node.target is operator.getitem and _is_made(node.all_input_nodes[0]):
             if node.args[1] == 0:
                 yield (
                     f"{node.name} is saved for the backward, and {_call(node.all_input_nodes[0])} "
@@ -243,7 +251,12 @@ def _feeds_own(node: fx.Node | None) -> bool:
     """Whether one of lpcompile's ops reads a node, through views of it."""
     if node is None:
         return False
-    return any(is_own(u) or (is_view(u) and _feeds_own(u)) for u in node.users)
+    return any(_is_made(u) or (is_view(u) and _feeds_own(u)) for u in node.users)
+
+
+def _is_made(node: fx.Node) -> bool:
+    """Whether a pass of lpcompile made a node."""
+    return is_own(node) and GIVEN not in node.meta
 
 
 def _storage(node: fx.Node) -> StorageWeakRef | None:

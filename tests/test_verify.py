@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
+import lpcompile
 from lpcompile import ops, verify
 from lpcompile.errors import VerifyError
 from lpcompile.graph import BACKWARD, CASTS
@@ -208,3 +209,11 @@ def test_a_cast_of_a_master_weight_that_is_saved_for_a_quantize_is_found(broken)
     message = problem(autocast, torch.float32)
     assert "after partitioning" in message
     assert "is a copy of the weight primals_2" in message
+
+
+def test_ops_that_the_user_called_are_not_held_to_what_passes_promise():
+    def both(x, w):
+        return F.linear(torch.tanh(lpcompile.linear(x, w[:, :64])), w[:, :48])
+
+    run(both)
+    run(lpcompile.linear)
