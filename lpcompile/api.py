@@ -7,7 +7,7 @@ every name is known: a block sees only paths relative to itself.
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -45,7 +45,7 @@ def compile_blocks(
     Returns the compiled blocks by path. state_dict keys stay as they are.
     """
     found = _named_blocks(model, blocks)
-    chosen = overlaid(options, recipe=recipe, rules=tuple(rules) or None)
+    chosen = overlaid(options, recipe=recipe, rules=rules or None)
     resolved = _resolve(model, found, parse(chosen))
     for path, block in found.items():
         per_block = {**chosen, "rules": resolved[path]}
@@ -74,8 +74,9 @@ def lowprec(
     instances do not change. Paths in rules are relative to the decorated module; the first call
     raises a RuleError for a rule that matches none of its modules.
     """
-    chosen = overlaid(options, recipe=recipe, rules=tuple(rules) or None)
+    chosen = overlaid(options, recipe=recipe, rules=rules or None)
     given = parse(chosen)
+    chosen["rules"] = given.rules
 
     def decorate(what: T) -> T:
         if isinstance(what, type) and issubclass(what, nn.Module):
@@ -159,14 +160,8 @@ def _is_a(module: nn.Module, cls: type[nn.Module]) -> bool:
 def _repeated_class(model: nn.Module) -> type[nn.Module]:
     """The class of siblings in a container that hold the most parameters between them."""
     sizes: Counter[type[nn.Module]] = Counter()
-    for container in model.modules():
-        siblings: dict[type[nn.Module], list[nn.Module]] = defaultdict(list)
-        if isinstance(container, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-            for child in container.children():
-                siblings[type(child)].append(child)
-        for cls, alike in siblings.items():
-            if len(alike) > 1:
-                sizes[cls] += sum(p.numel() for m in alike for p in m.parameters())
+    for alike in siblings(model):
+        sizes[type(alike[0])] += sum(p.numel() for m in alike for p in m.parameters())
     best = sizes.most_common(1)
     if not best or not best[0][1]:
         raise LowPrecisionError(
@@ -174,6 +169,16 @@ def _repeated_class(model: nn.Module) -> type[nn.Module]:
             "pass the blocks' class or the blocks, or use model.compile(backend='lowprec')"
         )
     return best[0][0]
+
+
+def siblings(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Modules of one class beside each other in a container, two or more."""
+    for container in model.modules():
+        if isinstance(container, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            by_class: dict[type[nn.Module], list[nn.Module]] = defaultdict(list)
+            for child in container.children():
+                by_class[type(child)].append(child)
+            yield from (alike for alike in by_class.values() if len(alike) > 1)
 
 
 def _resolve(

@@ -6,7 +6,9 @@ the module (a tied layer, an optimizer, tensor parallelism) holds the converted 
 modules would lose the hooks, and with them tensor parallelism.
 
 There is no graph to look at here, so what stays in bf16 by structure is found in the modules: an
-LM head has a row for each row of an embedding, a router one for each of the experts beside it.
+LM head has a row for each row of an embedding and lies in no block that repeats (an embedding of
+positions may have as many rows as the model is wide), a router one for each of the experts beside
+it. A matrix that no ``nn.Linear`` multiplies is left alone, and named.
 """
 
 from collections.abc import Iterable
@@ -15,12 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lpcompile import experts, functional
-from lpcompile.api import check_rules
+from lpcompile.api import check_rules, siblings
 from lpcompile.graph import clean_path
 from lpcompile.options import Rule, parse
-from lpcompile.recipes import DEFAULT, PRODUCTS, Product, Recipe, get_recipe, name_of
+from lpcompile.recipes import BF16, DEFAULT, PRODUCTS, Product, Recipe, get_recipe, name_of
 from lpcompile.report import Report, Row
 from lpcompile.select import SMALLEST, Depth
 
@@ -62,7 +65,7 @@ def convert(
     of every linear comes back, with the reason for each left alone; M is not known, and the rows
     say nothing of a batch's cost.
     """
-    options = parse({"recipe": recipe, "rules": tuple(rules)})
+    options = parse({"recipe": recipe, "rules": rules})
     paths = {name: clean_path(name) for name, _ in model.named_modules()}
     check_rules(options.rules, list(paths.values()))
     depth, structural = Depth(set(paths.values())), _structural(model)
@@ -70,6 +73,10 @@ def convert(
     for name, module in model.named_modules():
         stacks = _stacks(module)
         if not isinstance(module, nn.Linear) and not stacks:
+            for of in _matrices(module):
+                why = f"{of} is not an nn.Linear's: its GEMMs are narrowed in a compiled model"
+                left = dict.fromkeys(PRODUCTS, why)
+                report.rows += _rows(paths[name], (None, None, 1), BF16, None, left)
             continue
         rule = depth.rule_of(paths[name], options.rules)
         chosen = get_recipe(rule.recipe if rule else options.recipe)
@@ -109,11 +116,13 @@ def _structural(model: nn.Module) -> dict[nn.Module, str]:
     """The linears that stay bf16 unless a rule names them, with the reason."""
     found: dict[nn.Module, str] = {}
     vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    repeated = [block for alike in siblings(model) for block in alike]
+    inside = {m for block in repeated for m in block.modules() if m is not block}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         above = model.get_submodule(".".join(name.split(".")[:-2]))
-        if module.out_features in vocabularies:
+        if module.out_features in vocabularies and module not in inside:
             found[module] = "an LM head: it has a row for each row of an embedding"
         elif module.out_features in _experts_under(above):
             found[module] = "a router: it has a row for each of the experts beside it"
@@ -132,12 +141,20 @@ def _stacks(module: nn.Module) -> list[tuple[int, ...]]:
     if type(module).__module__.startswith("torch.nn"):
         return []
     sizes = [tuple(p.shape) for p in module.parameters(recurse=False) if p.dim() == 3]
-    return [s for s in sizes if min(s[1:]) >= SMALLEST]
+    return [s for s in sizes if s[0] > 1 and min(s[1:]) >= SMALLEST]
+
+
+def _matrices(module: nn.Module) -> list[str]:
+    """What a module that is no linear calls its own matrices; those of embeddings are tables."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag, ParametrizationList)):
+        return []
+    own = module.named_parameters(recurse=False)
+    return [name for name, p in own if p.dim() == 2 and min(p.shape) >= SMALLEST]
 
 
 def _rows(
     path: str,
-    sizes: tuple[int, int, int],
+    sizes: tuple[int | None, int | None, int],
     recipe: Recipe,
     rule: Rule | None,
     left: dict[Product, str],

@@ -81,6 +81,11 @@ class Options:
 
     def __post_init__(self) -> None:
         get_recipe(self.recipe)
+        if isinstance(self.rules, (str, Mapping, Rule)):
+            raise RuleError(
+                f"rules is a list of rules, got {self.rules!r}: write "
+                '[("layers.*.w2", "bf16")], a (pattern, recipe) pair for each'
+            )
         object.__setattr__(self, "rules", tuple(map(_rule, self.rules)))
         _one_of("rewrite", self.rewrite, get_args(Rewrite))
         _one_of("codegen", self.codegen, get_args(Codegen))
@@ -138,8 +143,6 @@ def parse(options: Mapping[str, Any] | None = None, mode: str | None = None) -> 
             raise OptionError(f"no option {key!r}: {did_you_mean_option(key, known)}")
     if mode is not None:
         inductor = {**torch._inductor.list_mode_options(mode), **inductor}
-    if "rules" in own:
-        own["rules"] = tuple(own["rules"])
     settings = tuple(sorted((k.replace("-", "_"), v) for k, v in inductor.items()))
     return replace(Options(**own), inductor=settings)
 

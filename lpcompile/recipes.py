@@ -234,7 +234,7 @@ def get_recipe(name: str | Recipe) -> Recipe:
     if isinstance(name, Recipe):
         return name
     known = ALIASES.get(name, name) if isinstance(name, str) else name
-    if known not in RECIPES:
+    if not isinstance(known, str) or known not in RECIPES:
         raise RecipeError(
             f"no recipe {name!r}: {did_you_mean(str(name), [*RECIPES, *ALIASES])}; "
             "or pass an lpcompile.Recipe"

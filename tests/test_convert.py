@@ -103,6 +103,7 @@ def test_what_is_left_alone_is_named_with_its_reason():
         "layers.2.down": "rule 'layers.*'",
         "experts.router": "a router: it has a row for each of the experts beside it",
         "gate": "n=8 is below 16",
+        "mixer": "in_proj_weight is not an nn.Linear's: its GEMMs are narrowed in a compiled model",
         "mixer.out_proj": "a NonDynamicallyQuantizableLinear, which may use its weight without "
         "calling nn.Linear",
         "head": "an LM head: it has a row for each row of an embedding",
@@ -215,3 +216,35 @@ def test_converting_again_gives_the_other_recipe_and_a_wrong_rule_is_an_error():
         lpcompile.convert(m, rules=[("layers.0.upp", "bf16")])
     with pytest.raises(LowPrecisionError, match="nvfp4"):
         lpcompile.convert(m, "nvfp5")
+
+
+class Wide(nn.Module):
+    """As wide as it has positions, with matrices that no nn.Linear multiplies."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(48, 32), nn.Embedding(32, 32)
+        self.patches = nn.Parameter(torch.randn(1, 64, 32))
+        self.mix = nn.Parameter(torch.randn(32, 32))
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(32, 48, bias=False)
+
+
+def test_a_model_as_wide_as_it_has_positions_is_narrowed_but_for_its_head():
+    report = lpcompile.convert(Wide().bfloat16())
+    done = {r.module for r in report.rows if r.rewritten}
+    assert done == {f"layers.{i}.{name}" for i in range(2) for name in ("up", "down")}
+    assert {r.module: r.reason for r in report.rows if not r.rewritten} == {
+        "": "mix is not an nn.Linear's: its GEMMs are narrowed in a compiled model",
+        "head": "an LM head: it has a row for each row of an embedding",
+    }
+
+
+def test_a_second_derivative_is_an_error_and_no_wrong_gradient():
+    x = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(48, 64, dtype=torch.bfloat16, requires_grad=True)
+    offs = torch.tensor([32], dtype=torch.int32)
+    for y in (lpcompile.linear(x, w), lpcompile.grouped_mm(x, w.mT[None], offs)):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            dx.sum().backward()
