@@ -44,7 +44,8 @@ def explain(
     recipe: short for ``options={"recipe": recipe}``; options as for the backend.
     The backward is traced when a parameter or an input requires grad, so call it under no_grad to
     see inference. A parameter that is a DTensor shows the sizes of this rank's shard. RuleError for
-    a rule that matched nothing.
+    a rule that matched nothing. What torch.compile has made in this process is forgotten
+    (``torch._dynamo.reset``): call it before a run, not in its midst.
     """
     _refuse_fsdp(model)
     chosen = parse(overlaid(options, recipe=recipe))
@@ -106,7 +107,7 @@ def trace(
             _hurried(),
             observe(measures=True) as seen,
             mode,
-            stateless._reparametrize_module(model, fakes),
+            stateless._reparametrize_module(model, fakes, tie_weights=True),
         ):
             torch.compile(model, backend=backend)(*given, **named)
     except BackendCompilerFailed as error:

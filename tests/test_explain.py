@@ -128,3 +128,20 @@ def test_a_model_after_fully_shard_is_refused_with_what_to_do(mesh):
     model = fully_shard(made(), mesh=mesh)
     with pytest.raises(LowPrecisionError, match="before fully_shard"):
         lpcompile.explain(model, data(), options=EAGER)
+
+
+def test_a_tied_head_is_one_here_too():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.up = nn.Embedding(80, 64), nn.Linear(64, 64, bias=False)
+            self.head = nn.Linear(64, 80, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, i):
+            return self.head(torch.tanh(self.up(self.table(i))))
+
+    model, i = Tied().bfloat16(), torch.randint(0, 80, (4, 16))
+    report = lpcompile.explain(model, i, options=EAGER)
+    assert {r.module for r in report.rows if r.rewritten} == {"up"}
+    assert model.head.weight is model.table.weight
