@@ -94,9 +94,7 @@ def _forward(node: fx.Node, flow: Flow) -> Site:
     if of_weights == (True, True):
         site.is_linear, site.obstacle = False, "a product of two weights"
     elif of_weights == (False, False):
-        gathered = any(_is_gathered(x, flow) for x in (lhs, rhs))
-        site.is_linear = False
-        site.obstacle = GATHERED if gathered else ACTIVATIONS
+        site.is_linear, site.obstacle = False, _without_weight(lhs, rhs, flow)
     elif of_weights[0]:  # a transposed product: W[N, K] @ X.T
         site.lhs_is_first, site.weight, site.m, site.n = False, lhs, s, r
     else:
@@ -112,10 +110,23 @@ def _forward(node: fx.Node, flow: Flow) -> Site:
 
 
 ACTIVATIONS = "a product of two activations"
+NO_PARAMETERS = (
+    f"{ACTIVATIONS}: no input of this graph is a Parameter, nor a matrix that requires grad"
+)
+BUFFER = "an operand is a buffer: only what depends on a parameter is a weight"
 GATHERED = (
     "it gathers a weight matrix for each token: sort tokens by expert and use grouped_mm "
     '(in Hugging Face transformers, experts_implementation="grouped_mm")'
 )
+
+
+def _without_weight(lhs: fx.Node, rhs: fx.Node, flow: Flow) -> str:
+    """Why a product none of whose operands is a weight is none of a linear."""
+    if _is_gathered(lhs, flow) or _is_gathered(rhs, flow):
+        return GATHERED
+    if lhs in flow.constants or rhs in flow.constants:
+        return BUFFER
+    return ACTIVATIONS if flow.weights else NO_PARAMETERS
 
 
 def _is_gathered(node: fx.Node, flow: Flow) -> bool:

@@ -274,6 +274,28 @@ def test_functional_call_takes_matrices_that_require_grad_for_weights():
     assert roles(compiles) == times(3)
 
 
+def test_a_product_without_a_parameter_is_left_with_what_is_missing():
+    x = data(32, 64)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(64, 64)
+            self.register_buffer("fixed", data(96, 64, grad=False))
+
+        def forward(self, x):
+            return F.linear(self.up(x), self.fixed)
+
+    with observe() as compiles:
+        compiled(bf16(Model()))(x).sum().backward()
+    assert roles(compiles) == roles(compiles, module="up") == times(1)
+    assert "an operand is a buffer" in reasons(compiles)[""]
+    torch._dynamo.reset()
+    with observe() as compiles:
+        compiled(lambda x, w: F.linear(x, w))(x.detach(), data(96, 64, grad=False))
+    assert "no input of this graph is a Parameter" in reasons(compiles)[""]
+
+
 def test_gemms_in_a_users_autograd_function_have_their_roles():
     class Own(torch.autograd.Function):
         @staticmethod
