@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo import trace_rules
 from torch._dynamo.external_utils import wrap_inline
 
-from lpcompile.errors import LowPrecisionError, RuleError, did_you_mean
+from lpcompile.errors import LowPrecisionError, RuleError, check_module, did_you_mean
 from lpcompile.graph import clean_path
 from lpcompile.options import Options, Rule, overlaid, parse
 from lpcompile.recipes import Recipe
@@ -44,6 +44,7 @@ def compile_blocks(
     rules: as in Options, with paths from ``model``; a rule that matches no module is a RuleError.
     Returns the compiled blocks by path. state_dict keys stay as they are.
     """
+    check_module("compile_blocks", model)
     found = _named_blocks(model, blocks)
     chosen = overlaid(options, recipe=recipe, rules=rules or None)
     resolved = _resolve(model, found, parse(chosen))
@@ -74,9 +75,14 @@ def lowprec(
     instances do not change. Paths in rules are relative to the decorated module; the first call
     raises a RuleError for a rule that matches none of its modules.
     """
+    if callable(recipe):
+        raise LowPrecisionError(
+            f"@lowprec takes a recipe, got {recipe!r}: write @lpcompile.lowprec(), with parentheses"
+        )
     chosen = overlaid(options, recipe=recipe, rules=rules or None)
     given = parse(chosen)
-    chosen["rules"] = given.rules
+    if "rules" in chosen:  # an iterator is read once
+        chosen["rules"] = given.rules
 
     def decorate(what: T) -> T:
         if isinstance(what, type) and issubclass(what, nn.Module):

@@ -21,6 +21,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lpcompile import experts, functional
 from lpcompile.api import check_rules, siblings
+from lpcompile.errors import check_module
 from lpcompile.graph import clean_path
 from lpcompile.options import Rule, parse
 from lpcompile.recipes import BF16, DEFAULT, PRODUCTS, Product, Recipe, get_recipe, name_of
@@ -65,6 +66,7 @@ def convert(
     of every linear comes back, with the reason for each left alone; M is not known, and the rows
     say nothing of a batch's cost.
     """
+    check_module("convert", model)
     options = parse({"recipe": recipe, "rules": rules})
     paths = {name: clean_path(name) for name, _ in model.named_modules()}
     check_rules(options.rules, list(paths.values()))

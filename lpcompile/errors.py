@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+from torch.nn import Module
+
 
 class LowPrecisionError(Exception):
     """The base of what lpcompile raises."""
@@ -42,3 +44,12 @@ def did_you_mean(got: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}known: {', '.join(names)}"
+
+
+def check_module(what: str, given: object) -> None:
+    """LowPrecisionError where ``what``, which takes a Module, is given something else."""
+    if not isinstance(given, Module):
+        raise LowPrecisionError(
+            f"{what} takes a torch.nn.Module, got a {type(given).__name__}: "
+            "make it the forward of one"
+        )

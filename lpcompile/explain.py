@@ -19,12 +19,14 @@ from networkx.algorithms.flow import boykov_kolmogorov
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lpcompile.backend import compile_graph
-from lpcompile.errors import LowPrecisionError, RuleError
+from lpcompile.errors import LowPrecisionError, RuleError, check_module
 from lpcompile.options import Options, overlaid, parse
 from lpcompile.pipeline import Compile, observe
 from lpcompile.recipes import Recipe, get_recipe
@@ -47,6 +49,7 @@ def explain(
     a rule that matched nothing. What torch.compile has made in this process is forgotten
     (``torch._dynamo.reset``): call it before a run, not in its midst.
     """
+    check_module("explain", model)
     _refuse_fsdp(model)
     chosen = parse(overlaid(options, recipe=recipe))
     chosen = replace(chosen, codegen="eager")
@@ -87,7 +90,7 @@ def trace(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> list[Compile]:
     """Compile every graph of a call on fake tensors, and give back what the passes found."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     device = _device(args, kwargs)
 
     def fake(x: Any) -> Any:
@@ -114,6 +117,12 @@ def trace(
         if isinstance(error.inner_exception, LowPrecisionError):
             raise error.inner_exception from None
         raise
+    except (DataDependentOutputException, GuardOnDataDependentSymNode) as error:
+        raise LowPrecisionError(
+            f"{type(model).__name__} decides by the value of a tensor, and explain has none "
+            f"({str(error).splitlines()[0]}): explain a module of it that does not, or compile it "
+            "and read the log"
+        ) from error
     finally:
         torch._dynamo.reset()
     return seen

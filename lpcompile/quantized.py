@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from lpcompile import gemm
-from lpcompile.errors import ShapeError
+from lpcompile.errors import RecipeError, ShapeError
 from lpcompile.gemm import Quantized
 from lpcompile.ops import block_scaled, scaled_mm
 from lpcompile.recipes import Operand
 
 
+@torch.no_grad()  # the ops have no gradient: what a reference would give is no promise
 def quantize(
     x: Tensor,
     operand: Operand,
@@ -27,9 +28,14 @@ def quantize(
     """Narrow x[R, C] bf16 as ``operand`` says, its scales along C.
 
     tensor_amax: the amax to scale the whole tensor by, for NVFP4; by default that of x, or of its
-    Hadamard transform. seed: of stochastic rounding; by default from torch's generator. ShapeError
-    for another dtype or shape, or for an option that the operand does not take.
+    Hadamard transform. seed: of stochastic rounding; by default from torch's generator. What comes
+    back requires no grad. ShapeError for another dtype or shape, or for an option that the operand
+    does not take.
     """
+    if not isinstance(operand, Operand):
+        raise RecipeError(
+            f"quantize takes an Operand, as lpcompile.Operand('fp8', 'row'), got {operand!r}"
+        )
     if x.dtype != torch.bfloat16 or x.dim() != 2:
         raise ShapeError(
             f"quantize takes x[R, C] bf16, got {x.dtype}{list(x.shape)}: reshape it to a matrix "

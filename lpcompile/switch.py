@@ -25,7 +25,7 @@ from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 from lpcompile.api import SWITCHED, not_skipped
 from lpcompile.backend import lowprec, lowprec_eager
 from lpcompile.convert import Linear
-from lpcompile.errors import LowPrecisionError
+from lpcompile.errors import LowPrecisionError, check_module
 from lpcompile.experts import Experts
 from lpcompile.recipes import Recipe, get_recipe
 
@@ -66,6 +66,7 @@ def switch(model: nn.Module, recipe: str | Recipe) -> list[str]:
     between two steps: not between a forward and its backward. Returns the paths of what changed.
     LowPrecisionError where there is nothing to switch.
     """
+    check_module("switch", model)
     get_recipe(recipe)
     changed = [name for name, module in model.named_modules() if _switch(module, recipe)]
     if not changed:

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+import re
 from collections import Counter
 
 import pytest
@@ -360,3 +361,24 @@ def test_a_users_own_recipe_goes_wherever_a_name_goes():
         ("dgrad", "bf16"),
         ("wgrad", "bf16"),
     }
+
+
+@pytest.mark.parametrize(
+    ("misuse", "says"),
+    [
+        (lambda: lpcompile.explain(torch.relu, x()), "explain takes a torch.nn.Module, got a"),
+        (lambda: lpcompile.convert(torch.relu), "convert takes a torch.nn.Module"),
+        (lambda: lpcompile.switch(torch.relu, "bf16"), "switch takes a torch.nn.Module"),
+        (lambda: lpcompile.compile_blocks(torch.relu), "compile_blocks takes a torch.nn.Module"),
+        (lambda: lpcompile.lowprec(Block), "with parentheses"),
+        (lambda: lpcompile.quantize(x(), "fp8"), "takes an Operand"),
+    ],
+)
+def test_what_is_given_the_wrong_thing_says_what_it_takes(misuse, says):
+    with pytest.raises(LowPrecisionError, match=re.escape(says)):
+        misuse()
+
+
+def test_what_quantize_gives_back_is_no_part_of_a_backward():
+    made = lpcompile.quantize(x(), lpcompile.Operand("fp8", "row"))
+    assert not lpcompile.dequantize(made).requires_grad

@@ -145,3 +145,31 @@ def test_a_tied_head_is_one_here_too():
     report = lpcompile.explain(model, i, options=EAGER)
     assert {r.module for r in report.rows if r.rewritten} == {"up"}
     assert model.head.weight is model.table.weight
+
+
+class Chosen(nn.Module):
+    """Half of the rows, those of the highest scores, through one linear."""
+
+    def __init__(self, by_value=False):
+        super().__init__()
+        self.up, self.by_value = nn.Linear(64, 64), by_value
+
+    def forward(self, x):
+        if self.by_value and x.sum().item() > 0:
+            return x
+        (rows,) = torch.where(x.sum(1) > 0)
+        return torch.zeros_like(x).index_add(0, rows, self.up(x[rows]))
+
+
+def test_rows_that_are_known_only_when_it_runs_are_no_obstacle():
+    model, x = Chosen().bfloat16(), data().flatten(0, 1)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        report = lpcompile.explain(model, x, options=EAGER)
+    assert [(r.product, r.m, r.rewritten) for r in report.rows] == [
+        (product, None, True) for product in ("fprop", "dgrad", "wgrad")
+    ]
+
+
+def test_a_model_that_decides_by_a_value_is_refused_with_what_to_do():
+    with pytest.raises(LowPrecisionError, match="Chosen decides by the value of a tensor"):
+        lpcompile.explain(Chosen(by_value=True).bfloat16(), data().flatten(0, 1), options=EAGER)
