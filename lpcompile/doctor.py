@@ -15,19 +15,18 @@ from rich.table import Table
 
 from lpcompile import functional, ops
 from lpcompile.backend import lowprec_eager
-from lpcompile.bench.machine import describe
+from lpcompile.bench import machine
 from lpcompile.cost import kind
 from lpcompile.ops.define import same_bits
 from lpcompile.recipes import DEFAULT, PRODUCTS, RECIPES, Gemm
 
 TESTED = ("2.11", "2.13")  # torch
 
-# What multiplies each kind of GEMM in hardware, by compute capability; the rest is emulated.
-NATIVE: dict[tuple[str, str], Callable[[tuple[int, int]], bool]] = {
-    ("fp8", "tensor"): lambda capability: capability >= (8, 9),
-    ("fp8", "row"): lambda capability: capability >= (8, 9),
-    ("fp8", "square"): lambda capability: capability[0] == 9,
-    ("fp8", "block"): lambda capability: capability[0] == 9,
+# What multiplies each family of formats in hardware, by compute capability; the rest is emulated.
+NATIVE: dict[str, Callable[[tuple[int, int]], bool]] = {
+    "fp8": lambda capability: capability >= (8, 9),
+    "mxfp8": lambda capability: capability[0] == 10,
+    "nvfp4": lambda capability: capability[0] == 10,
 }
 
 
@@ -35,16 +34,19 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     """Add ``doctor`` to the command line."""
     what = "versions, what runs natively, and a self-test"
     command = commands.add_parser("doctor", help=what, description=what)
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.set_defaults(run=lambda args: examine(torch.device(args.device), Console()))
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    command.add_argument("--device", type=machine.device, default=default)
+    command.set_defaults(run=lambda args: examine(args.device, Console()))
 
 
 def examine(device: torch.device, console: Console) -> int:
     """Print what there is to know; 1 when an op does not compute what it should."""
-    for name, value in describe(device).items():
+    for name, value in machine.describe(device).items():
         console.print(f"{name}: {value}", markup=False, highlight=False)
     if not torch.__version__.startswith(TESTED):
         console.print(f"torch {torch.__version__} is not among the tested: {', '.join(TESTED)}")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
+        console.print("lpcompile has been run on capability 9.0 and on CPUs, on nothing else")
     console.print(_recipes(device))
     problems = {name: problem for name, problem in self_test(device).items() if problem}
     for name, problem in problems.items():
@@ -59,9 +61,9 @@ def natively(gemm: Gemm | None, device: torch.device) -> str:
     """How a product runs on the device: "native", "emulated", or "bf16" if it is not narrowed."""
     if gemm is None:
         return "bf16"
-    if device.type != "cuda" or kind(gemm) not in NATIVE:
-        return "emulated"
-    runs = NATIVE[kind(gemm)](torch.cuda.get_device_capability(device))
+    family, _ = kind(gemm)
+    is_gpu = device.type == "cuda"
+    runs = is_gpu and NATIVE[family](torch.cuda.get_device_capability(device))
     return "native" if runs else "emulated"
 
 

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from lpcompile import doctor, ops
-from lpcompile.cost import kind
+from lpcompile.__main__ import main
 from lpcompile.recipes import PRODUCTS, RECIPES
 
 CPU = torch.device("cpu")
@@ -44,16 +44,34 @@ def test_the_device_s_kernels_compute_what_they_should():
     ("capability", "native"),
     [
         ((8, 0), set()),
-        ((8, 9), {("fp8", "tensor"), ("fp8", "row")}),
-        ((9, 0), {("fp8", s) for s in ("tensor", "row", "square", "block")}),
-        ((10, 0), {("fp8", "tensor"), ("fp8", "row")}),
+        ((8, 9), {"fp8"}),
+        ((9, 0), {"fp8"}),
+        ((10, 0), {"fp8", "mxfp8", "nvfp4"}),
+        ((12, 0), {"fp8"}),
     ],
 )
 def test_what_runs_in_hardware_follows_from_the_capability(monkeypatch, capability, native):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    for recipe in RECIPES.values():
+    for name, recipe in RECIPES.items():
         for product in PRODUCTS:
             gemm = recipe.gemm(product)
-            if gemm is not None and gemm.lhs.fmt.scaling in ("fp32", "pow2"):
+            if gemm is not None:
                 answer = doctor.natively(gemm, torch.device("cuda"))
-                assert (answer == "native") == (kind(gemm) in native)
+                assert (answer == "native") == (name.partition("_")[0] in native)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["doctor", "--device", "nonsense"], "runs on cpu and on cuda, got 'nonsense'"),
+        (["doctor", "--device", "cuda:99"], "no device 'cuda:99' here: "),
+        (["bench", "ffn", "--device", "cuda:99"], "no device 'cuda:99' here: "),
+        (["bench", "ffn", "--options", "rewrite=all"], "options are a JSON object"),
+        (["bench", "ffn", "--options", "[]"], "options are a JSON object"),
+    ],
+)
+def test_a_wrong_argument_is_an_error_that_says_what_is_right(arguments, says, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err

@@ -5,13 +5,14 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lpcompile.bench import gemms, kernels, layers, profile, report, training, variants
+from lpcompile.bench import gemms, kernels, layers, machine, profile, report, training, variants
 from lpcompile.bench.machine import CPU_NOTE, describe, watch_clocks
 from lpcompile.bench.models import (
     EXPERTS,
@@ -29,6 +30,7 @@ from lpcompile.options import parse
 from lpcompile.recipes import RECIPES, get_recipe
 
 DEFAULT_RECIPES = ("fp8_rowwise", "fp8_tensorwise")
+OPTIONS = """'{"rewrite": "all"}'"""  # for example
 # Where low precision starts to pay: tokens on one GPU.
 SWEEP = (2048, 4096, 8192, 16384)
 
@@ -80,7 +82,8 @@ def _command(
     command.add_argument("--model", nargs="+", choices=models, help=f"default: {models[0]}")
     if models[0] in LLAMAS:
         command.add_argument("--tokens", nargs="+", type=int, help=f"a sweep: {SWEEP}")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    command.add_argument("--device", type=machine.device, default=default)
     command.add_argument("--repeats", type=int, default=30)
     command.add_argument("--json", type=Path, help="write the results here too")
     command.set_defaults(run=lambda args: _run(measure, args), first=models[0])
@@ -100,16 +103,22 @@ def _add_variants(command: argparse.ArgumentParser) -> None:
     _add_recipes(command, DEFAULT_RECIPES)
     command.add_argument("--max-autotune", action="store_true", help="also bf16, GEMMs autotuned")
     command.add_argument("--no-peers", action="store_true", help="no torchao")
-    command.add_argument(
-        "--options", type=json.loads, default={}, help='of the backend: \'{"rewrite": "all"}\''
-    )
+    command.add_argument("--options", type=_options, default={}, help=f"of the backend: {OPTIONS}")
+
+
+def _options(text: str) -> dict[str, Any]:
+    with suppress(json.JSONDecodeError):
+        options = json.loads(text)
+        if isinstance(options, dict):
+            return options
+    raise argparse.ArgumentTypeError(f"options are a JSON object, {OPTIONS}, got {text!r}")
 
 
 def _run(
     measure: Callable[[argparse.Namespace, torch.device], list[Result]], args: argparse.Namespace
 ) -> int:
     """Measure, print, save; 1 where something of ours failed."""
-    device = torch.device(args.device)
+    device = args.device
     args.model = args.model or ["tiny" if device.type == "cpu" else args.first]
     if args.repeats < 2:
         raise OptionError(f"a median needs repetitions: --repeats is {args.repeats}, make it 30")

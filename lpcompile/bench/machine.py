@@ -1,5 +1,6 @@
 """What a measurement was made on: GPU, clocks, versions."""
 
+import argparse
 import importlib.metadata
 import platform
 import subprocess
@@ -14,6 +15,18 @@ CPU_NOTE = (
     "On a CPU the formats are emulated: this checks that the benchmark runs and says nothing of "
     "speed."
 )
+
+
+def device(name: str) -> torch.device:
+    """The device that a command line names; argparse says why where there is none."""
+    if not name.startswith(("cpu", "cuda")):
+        raise argparse.ArgumentTypeError(f"lpcompile runs on cpu and on cuda, got {name!r}")
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"no device {name!r} here: {why}") from None
+    return torch.device(name)
 
 
 def describe(device: torch.device) -> dict[str, Any]:
