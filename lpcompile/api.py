@@ -17,7 +17,7 @@ from torch._dynamo.external_utils import wrap_inline
 
 from lpcompile.errors import LowPrecisionError, RuleError, check_module, did_you_mean
 from lpcompile.graph import clean_path
-from lpcompile.options import Options, Rule, overlaid, parse
+from lpcompile.options import BlockRule, Options, Rule, overlaid, parse
 from lpcompile.recipes import Recipe
 from lpcompile.select import Depth
 
@@ -196,14 +196,19 @@ def _resolve(
     depth = Depth(set(names.values()))
     resolved = {}
     for path, block in blocks.items():
+        chosen: dict[str, Rule | None] = {}
         own: list[Rule] = []
         for inner, _ in block.named_modules():
-            full = names[f"{path}.{inner}".strip(".")]
-            rule = depth.rule_of(full, options.rules)
-            if rule is not None and not rule.is_catch_all:
-                own.append(Rule(clean_path(inner), rule.recipe))
+            full, within = names[f"{path}.{inner}".strip(".")], clean_path(inner)
+            rule = chosen[within] = depth.rule_of(full, options.rules)
+            if rule is None or rule.is_catch_all:
+                continue
+            above = chosen.get(within.rpartition(".")[0]) if within else None
+            if rule is not above or rule.names(full):
+                own.append(BlockRule(within, rule.recipe))
+        own.reverse()  # what is in a module before the module
         star = depth.rule_of(names[path], (r for r in options.rules if r.is_catch_all))
-        own += [Rule("*", star.recipe)] if star else []
+        own += [BlockRule("*", star.recipe)] if star else []
         resolved[path] = tuple(own)
     return resolved
 

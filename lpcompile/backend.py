@@ -125,14 +125,17 @@ def with_kernels(
 
 
 def announce(compile: Compile) -> None:
-    """One log line per graph; a WARNING where nothing was rewritten and something was asked for."""
+    """One log line per graph; a WARNING where nothing was rewritten and something was asked for.
+
+    Nothing is asked for where the user's rules leave every GEMM in bf16.
+    """
     if not compile.has_run:
         log.info("lpcompile: from cache")
         return
     for pattern in compile.unmatched:
         log.warning("lpcompile: rule %r matched no GEMM of this graph", pattern)
     rows, label = compile.rows, name_of(compile.options.recipe)
-    asked = label != "bf16" or compile.options.rules
+    asked = compile.asks if rows else label != "bf16" or compile.options.rules
     nothing = asked and not any(row.rewritten for row in rows)
     level = logging.WARNING if nothing else logging.INFO
     log.log(level, "lpcompile: %s: %s", label, summarize(rows))

@@ -92,7 +92,7 @@ def convert(
                 report.rows += _rows(paths[name], (n, k, e), chosen.grouped or chosen, rule, left)
             continue
         reason = _obstacle(module)
-        if not (rule and not rule.is_catch_all):
+        if not (rule and rule.names(paths[name])):
             reason = reason or structural.get(module, "")
         if not reason and not (rule and chosen.is_bf16):
             # A whole model may start in bf16, and be switched.

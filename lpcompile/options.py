@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,11 +19,11 @@ Codegen = Literal["inductor", "eager"]
 
 @dataclass(frozen=True)
 class Rule:
-    """The recipe of the modules whose path matches. The first rule that matches wins.
+    """The recipe of the modules whose path matches, with all in them. The first that matches wins.
 
     pattern: fnmatch on module paths without wrappers, ``layers.*.ffn.w2``; empty is the module
-        compiled itself. A pattern of stars alone does not name a router or an LM head, which stay
-        bf16 by structure.
+        compiled itself. A router or an LM head, which stay bf16 by structure, are narrowed where a
+        pattern matches their own path, and is not of stars alone.
     recipe: a name in RECIPES, or a Recipe.
     first, last: keep to the first or last blocks of the model: a count (int) or a share (float
         below 1, of which a part of a block counts as a whole one).
@@ -51,6 +52,20 @@ class Rule:
     def is_catch_all(self) -> bool:
         """It matches every path, so it names none."""
         return bool(self.pattern) and not self.pattern.strip("*")
+
+    def names(self, path: str) -> bool:
+        """Whether it speaks of this very module, and not of one that holds it, or of all."""
+        return not self.is_catch_all and fnmatchcase(path, self.pattern)
+
+    def covers(self, path: str) -> bool:
+        """Whether it matches a module, or one that holds it."""
+        parts = path.split(".")
+        above = (".".join(parts[:i]) for i in range(len(parts) + 1))
+        return any(fnmatchcase(p, self.pattern) for p in above)
+
+
+class BlockRule(Rule):
+    """A rule that ``compile_blocks`` made for a module of a block, which may have no GEMM."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from lpcompile.cost import DEVICES
 from lpcompile.dumps import Dump
 from lpcompile.flow import Flow, Leaves, is_called
 from lpcompile.graph import hint, module_path
-from lpcompile.options import Options, Rule
+from lpcompile.options import BlockRule, Options, Rule
 from lpcompile.passes import (
     addend,
     deduplicate,
@@ -62,6 +62,7 @@ class Compile:
     has_run: bool = False
     has_regions: bool = False  # nested compile regions, each cut by itself
     matched: set[Rule] = field(default_factory=set)
+    asks: bool = False  # whether some GEMM was to be narrowed
     measures: bool = False  # also cut the graph as it was, for ``saved_bytes``
     originals: dict[fx.Graph, fx.Graph] = field(default_factory=dict)  # as they were, by graph
     saved_bytes: SavedBytes | None = None
@@ -71,7 +72,8 @@ class Compile:
     @property
     def unmatched(self) -> tuple[str, ...]:
         """Patterns of rules that matched no GEMM of this graph, or of those that it calls."""
-        return tuple(rule.pattern for rule in self.options.rules if rule not in self.matched)
+        given = (r for r in self.options.rules if not isinstance(r, BlockRule))
+        return tuple(rule.pattern for rule in given if rule not in self.matched)
 
     @property
     def watches_cut(self) -> bool:
@@ -261,6 +263,7 @@ def _choose(
     for site in sites:
         site.node.meta[SEEN] = True
     compile.matched |= selection.matched
+    compile.asks |= selection.asks
     return choices
 
 

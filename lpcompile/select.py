@@ -6,7 +6,6 @@ Nothing here looks at the machine that runs: every rank, and a report made elsew
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import ceil
 
 import torch
@@ -33,11 +32,12 @@ class Choice:
 
 
 class Selection:
-    """The choices of one graph. Remembers which rules matched."""
+    """The choices of one graph. Remembers which rules matched, and whether any asks to narrow."""
 
     def __init__(self, options: Options, structural: dict[fx.Node, str], sites: list[Site]) -> None:
         self.options, self.structural = options, structural
         self.matched: set[Rule] = set()
+        self.asks = False
         self.depth = Depth({site.module for site in sites})
         self.readers = Counter(r for s in sites if s.is_linear for r in _reads(s))
 
@@ -48,6 +48,7 @@ class Selection:
             recipe = recipe.grouped
         if recipe.is_bf16:
             return Choice("bf16", None, why)
+        self.asks = True
         structural = self.structural.get((site.forward or site).node)
         if structural and not named:
             return Choice("bf16", None, structural)
@@ -110,7 +111,7 @@ class Selection:
         if rule is not None:
             self.matched.add(rule)
             recipe, name = get_recipe(rule.recipe), name_of(rule.recipe)
-            return recipe, name, not rule.is_catch_all, f"rule {rule.pattern!r}"
+            return recipe, name, rule.names(site.module), f"rule {rule.pattern!r}"
         recipe = get_recipe(self.options.recipe)
         why = "recipe bf16" if recipe.is_bf16 else ""
         return recipe, name_of(self.options.recipe), False, why
@@ -172,7 +173,7 @@ class Depth:
 
     def admits(self, rule: Rule, path: str) -> bool:
         """Whether a rule matches a path, its first and last counted in blocks."""
-        if not fnmatchcase(path, rule.pattern):
+        if not rule.covers(path):
             return False
         if rule.first is None and rule.last is None:
             return True
