@@ -79,8 +79,10 @@ IN_MEMORY = {*MATMULS, torch.ops._c10d_functional.wait_tensor.default}  # what t
 def quantize_meta(site: Site, operand: fx.Node, is_second: bool, late: bool) -> dict[str, Any]:
     """The meta of an operand's quantize: when it runs, and that no policy for mm saves it."""
     meta = meta_of(site.node)
-    if is_second and site.product == "dgrad":
-        _recompute(operand, VIEWS | TRANSPOSES | CASTS)  # no copy of a master weight is saved
+    if is_second and site.product != "wgrad":
+        # No copy of a master weight is saved. AOT's CSE makes one cast of several, the first, which
+        # may be that of a linear without a dgrad.
+        _recompute(operand, VIEWS | TRANSPOSES | CASTS)
     elif is_second and late and not _is_checkpointed(site):
         gather = gathers.find(peel(operand)[0]) if site.grouping == "ragged" else None
         _recompute(operand if gather is None else gather.source, VIEWS | TRANSPOSES)

@@ -171,6 +171,15 @@ def test_a_master_weight_that_both_directions_narrow_alike_is_not_saved():
     run(autocast_both_ways, torch.float32)
 
 
+def test_a_master_weight_whose_first_linear_has_no_dgrad_is_not_saved():
+    def twice(x, w):
+        with torch.autocast("cpu", torch.bfloat16):
+            h = torch.tanh(F.linear(x.detach(), w))
+            return F.linear(F.pad(h, (0, 16)), w)
+
+    run(twice, torch.float32)
+
+
 def test_a_narrow_copy_of_a_weight_that_is_saved_is_found(broken):
     def change(graph):
         for node in graph.nodes:
