@@ -76,7 +76,7 @@ def convert(
         stacks = _stacks(module)
         if not isinstance(module, nn.Linear) and not stacks:
             for of in _matrices(module):
-                why = f"{of} is not an nn.Linear's: its GEMMs are narrowed in a compiled model"
+                why = f"{of!r} is not an nn.Linear's: its GEMMs are narrowed in a compiled model"
                 left = dict.fromkeys(PRODUCTS, why)
                 report.rows += _rows(paths[name], (None, None, 1), BF16, None, left)
             continue

@@ -6,7 +6,7 @@ model on the meta device takes seconds and no memory.
 
 import gc
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -110,6 +110,7 @@ def trace(
             _hurried(),
             observe(measures=True) as seen,
             mode,
+            _uncompiled(model),
             stateless._reparametrize_module(model, fakes, tie_weights=True),
         ):
             torch.compile(model, backend=backend)(*given, **named)
@@ -126,6 +127,16 @@ def trace(
     finally:
         torch._dynamo.reset()
     return seen
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Without what ``compile`` made of the model's modules, which would run on the fake tensors."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if module._compiled_call_impl is not None:
+                stack.enter_context(patch.object(module, "_compiled_call_impl", None))
+        yield
 
 
 @contextmanager

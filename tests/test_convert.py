@@ -103,7 +103,8 @@ def test_what_is_left_alone_is_named_with_its_reason():
         "layers.2.down": "rule 'layers.*'",
         "experts.router": "a router: it has a row for each of the experts beside it",
         "gate": "n=8 is below 16",
-        "mixer": "in_proj_weight is not an nn.Linear's: its GEMMs are narrowed in a compiled model",
+        "mixer": "'in_proj_weight' is not an nn.Linear's: its GEMMs are narrowed in a compiled "
+        "model",
         "mixer.out_proj": "a NonDynamicallyQuantizableLinear, which may use its weight without "
         "calling nn.Linear",
         "head": "an LM head: it has a row for each row of an embedding",
@@ -235,7 +236,7 @@ def test_a_model_as_wide_as_it_has_positions_is_narrowed_but_for_its_head():
     done = {r.module for r in report.rows if r.rewritten}
     assert done == {f"layers.{i}.{name}" for i in range(2) for name in ("up", "down")}
     assert {r.module: r.reason for r in report.rows if not r.rewritten} == {
-        "": "mix is not an nn.Linear's: its GEMMs are narrowed in a compiled model",
+        "": "'mix' is not an nn.Linear's: its GEMMs are narrowed in a compiled model",
         "head": "an LM head: it has a row for each row of an embedding",
     }
 

@@ -173,3 +173,22 @@ def test_rows_that_are_known_only_when_it_runs_are_no_obstacle():
 def test_a_model_that_decides_by_a_value_is_refused_with_what_to_do():
     with pytest.raises(LowPrecisionError, match="Chosen decides by the value of a tensor"):
         lpcompile.explain(Chosen(by_value=True).bfloat16(), data().flatten(0, 1), options=EAGER)
+
+
+@pytest.mark.parametrize(
+    "compile",
+    [
+        lambda m: m.compile(backend="lowprec", options=EAGER),
+        lambda m: lpcompile.compile_blocks(m, blocks=[m], options=EAGER),
+        lambda m: torch.compile(m, backend="lowprec", options=EAGER),
+    ],
+    ids=["model.compile", "compile_blocks", "torch.compile"],
+)
+def test_a_model_that_is_compiled_and_has_run_is_explained_like_any_other(compile):
+    model, x = made(), data()
+    expected = lpcompile.explain(model, x, recipe="mxfp8", options=EAGER)
+    compiled = compile(model)
+    model = compiled if isinstance(compiled, nn.Module) else model
+    y = model(x)
+    assert lpcompile.explain(model, x, recipe="mxfp8", options=EAGER) == expected
+    assert torch.equal(model(x), y)
