@@ -45,27 +45,31 @@ class Leaves:
     """Which inputs of the Dynamo graph, by index, are parameters and which buffers.
 
     called: the same of every graph that a higher-order op in it calls.
+    guessed: no input is a Parameter, so that matrices which require grad are taken for some.
     """
 
     parameters: frozenset[int]
     buffers: frozenset[int] = frozenset()
     called: tuple[Called, ...] = ()
+    guessed: bool = False
 
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Iterable[Any]) -> "Leaves":
         """Read off a Dynamo graph and its example inputs.
 
         With no Parameter among them, as under functional_call, matrices that require grad are
-        taken for parameters.
+        taken for parameters: those that nothing made, if there are any, since others are made by
+        the layers before.
         """
         inputs = list(example_inputs)
         parameters = {i for i, x in enumerate(inputs) if isinstance(x, torch.nn.Parameter)}
-        if not parameters:
-            parameters = {
+        if guessed := not parameters:
+            matrices = {
                 i
                 for i, x in enumerate(inputs)
                 if isinstance(x, torch.Tensor) and x.requires_grad and x.dim() in (2, 3)
             }
+            parameters = {i for i in matrices if inputs[i].is_leaf} or matrices
         buffers = {
             i
             for i, n in enumerate(placeholders(gm.graph))
@@ -74,7 +78,7 @@ class Leaves:
         found: dict[Sizes, Called] = {}
         _find_called(gm, parameters, buffers, found)
         called = tuple(sorted(found.values(), key=lambda c: c.priority))
-        return cls(frozenset(parameters), frozenset(buffers), called)
+        return cls(frozenset(parameters), frozenset(buffers), called, guessed)
 
 
 def _find_called(
@@ -145,6 +149,7 @@ class Flow:
     """What every node of a graph depends on: a tangent, parameters alone, neither."""
 
     def __init__(self, graph: fx.Graph, leaves: Leaves) -> None:
+        self.guessed = leaves.guessed
         self.gradients: set[fx.Node] = set()
         self.weights: set[fx.Node] = set()
         self.constants: set[fx.Node] = set()  # of buffers and nothing else: they decide nothing

@@ -42,7 +42,7 @@ class Rule:
             raise RuleError(f"rule {self.pattern!r} has both first and last: write two rules")
         for name in ("first", "last"):
             at = getattr(self, name)
-            if at is not None and (at <= 0 or (isinstance(at, float) and at >= 1)):
+            if at is not None and not _is_amount(at):
                 raise RuleError(
                     f"rule {self.pattern!r}: {name} is a number of blocks (int) or a share of them "
                     f"(float between 0 and 1), got {at!r}"
@@ -198,6 +198,13 @@ def _rule(given: Any) -> Rule:
     if isinstance(given, (tuple, list)) and 2 <= len(given) <= 4:
         return Rule(*given)
     raise RuleError(f"a rule is a Rule, a (pattern, recipe) pair or a dict, got {given!r}")
+
+
+def _is_amount(at: Any) -> bool:
+    """Whether it is a number of blocks, or a share of them."""
+    if isinstance(at, float):
+        return 0 < at < 1
+    return isinstance(at, int) and not isinstance(at, bool) and at > 0
 
 
 def _one_of(name: str, got: Any, known: tuple[str, ...]) -> None:

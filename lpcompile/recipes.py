@@ -8,6 +8,7 @@ To add a recipe, add an entry to RECIPES. Nothing may branch on a recipe's name.
 """
 
 from dataclasses import dataclass, replace
+from types import UnionType
 from typing import Literal
 
 from lpcompile.errors import RecipeError, did_you_mean
@@ -91,6 +92,8 @@ class Gemm:
 
     def __post_init__(self) -> None:
         a, b = self.lhs, self.rhs
+        for side, given in (("lhs", a), ("rhs", b)):
+            _check(f"{side} of a Gemm", given, Operand)
         if a.hadamard != b.hadamard:
             raise RecipeError(
                 "a Hadamard transform cancels only when both operands have it: "
@@ -125,6 +128,9 @@ class Recipe:
     grouped: "Recipe | None" = None
 
     def __post_init__(self) -> None:
+        for product in PRODUCTS:
+            _check(f"{product} of a Recipe", self.gemm(product), Gemm | None)
+        _check("grouped of a Recipe", self.grouped, Recipe | None)
         for product, gemm in (("fprop", self.fprop), ("dgrad", self.dgrad)):
             if gemm and gemm.lhs.hadamard:
                 raise RecipeError(
@@ -159,6 +165,12 @@ class Recipe:
     def gemm(self, product: Product) -> Gemm | None:
         """What this recipe says of that product."""
         return {"fprop": self.fprop, "dgrad": self.dgrad, "wgrad": self.wgrad}[product]
+
+
+def _check(what: str, given: object, kind: type | UnionType) -> None:
+    if not isinstance(given, kind):
+        name = getattr(kind, "__name__", str(kind).replace("lpcompile.recipes.", ""))
+        raise RecipeError(f"{what} is an lpcompile.{name}, got {given!r}")
 
 
 def _fp8_tensorwise() -> Recipe:

@@ -92,7 +92,7 @@ def _forward(node: fx.Node, flow: Flow) -> Site:
     site = Site(node, "fprop", lhs, rhs, module_path(node), m=r, n=s, k=c)
     of_weights = lhs in flow.weights, rhs in flow.weights
     if of_weights == (True, True):
-        site.is_linear, site.obstacle = False, "a product of two weights"
+        site.is_linear, site.obstacle = False, OF_GUESSES if flow.guessed else WEIGHTS
     elif of_weights == (False, False):
         site.is_linear, site.obstacle = False, _without_weight(lhs, rhs, flow)
     elif of_weights[0]:  # a transposed product: W[N, K] @ X.T
@@ -109,6 +109,10 @@ def _forward(node: fx.Node, flow: Flow) -> Site:
     return site
 
 
+WEIGHTS = "a product of two weights"
+OF_GUESSES = (
+    f"{WEIGHTS}: no input of this graph is a Parameter, and both are of matrices that require grad"
+)
 ACTIVATIONS = "a product of two activations"
 NO_PARAMETERS = (
     f"{ACTIVATIONS}: no input of this graph is a Parameter, nor a matrix that requires grad"

@@ -261,8 +261,9 @@ def test_a_graph_break_leaves_two_graphs_that_are_both_narrowed():
     assert [roles([c]) for c in compiles] == [times(1), times(1)]
 
 
-def test_functional_call_takes_matrices_that_require_grad_for_weights():
-    model, x = bf16(FFN()), data(32, 64, grad=False)
+@pytest.mark.parametrize("grad", [False, True], ids=["tokens", "what a layer before made"])
+def test_functional_call_takes_matrices_that_require_grad_for_weights(grad):
+    model, x = bf16(FFN()), torch.tanh(data(32, 64, grad=grad))
     weights = {k: p.detach().requires_grad_() for k, p in model.named_parameters()}
 
     def loss(weights, x):
@@ -293,7 +294,11 @@ def test_a_product_without_a_parameter_is_left_with_what_is_missing():
     torch._dynamo.reset()
     with observe() as compiles:
         compiled(lambda x, w: F.linear(x, w))(x.detach(), data(96, 64, grad=False))
-    assert "no input of this graph is a Parameter" in reasons(compiles)[""]
+    assert "two activations: no input of this graph is a Parameter" in reasons(compiles)[""]
+    torch._dynamo.reset()
+    with observe() as compiles:
+        compiled(lambda x, w: F.linear(x, w))(x, data(96, 64))
+    assert "two weights: no input of this graph is a Parameter" in reasons(compiles)[""]
 
 
 def test_gemms_in_a_users_autograd_function_have_their_roles():

@@ -8,6 +8,7 @@ from oracle import EAGER
 from torch import nn
 
 import lpcompile
+from lpcompile.errors import RuleError
 from lpcompile.options import Rule
 from lpcompile.pipeline import observe
 
@@ -113,3 +114,10 @@ def test_a_graph_that_rules_leave_in_bf16_is_no_warning(caplog):
         model(data())
     levels = {r.levelno: r.message.partition(" GEMMs")[0] for r in caplog.records}
     assert levels == {logging.INFO: "lpcompile: fp8_rowwise: 0 of 12"}
+
+
+@pytest.mark.parametrize("amount", [0, -1, 1.0, 1.5, float("nan"), True, "0.15"])
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_what_is_no_number_or_share_of_blocks_is_refused(end, amount):
+    with pytest.raises(RuleError, match=f"{end} is a number of blocks"):
+        Rule("*", "bf16", **{end: amount})
