@@ -110,14 +110,22 @@ def shape(node: fx.Node) -> tuple[Any, ...]:
 
 
 def alike(a: Any, b: Any, *, strides: bool) -> bool:
-    """Whether two fake values have one dtype, device and size; only tensors are compared."""
+    """Whether two fake values have one dtype, device and size; only tensors are compared.
+
+    Two sizes that depend on symbols are told apart by their hints where nothing is known of them:
+    rounded up to 16 and then to 32 is rounded up to 32, which sympy does not see.
+    """
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return isinstance(a, torch.Tensor) == isinstance(b, torch.Tensor)
     if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
         return False
     pairs = [*zip(a.shape, b.shape, strict=True)]
     pairs += zip(a.stride(), b.stride(), strict=True) if strides else []
-    return all(statically_known_true(x == y) for x, y in pairs)
+    return all(statically_known_true(x == y) or _hinted_alike(x, y) for x, y in pairs)
+
+
+def _hinted_alike(x: Any, y: Any) -> bool:
+    return not isinstance(x, int) and not isinstance(y, int) and hint(x) == hint(y) is not None
 
 
 def hint(size: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import FFN, MICRO, WithExperts
 
 from lpcompile import ops, pipeline
@@ -77,3 +78,18 @@ def test_no_transform_and_no_swizzle_of_an_activation_is_left(monkeypatch):
     assert before.count(ops.swizzle.op) > 10
     # Of scales that the forward saves, which a GEMM of the backward reads, no other.
     assert calls.count(ops.swizzle.op) <= 2
+
+
+def test_sizes_that_only_the_hints_show_to_be_equal_are_no_error():
+    w1, w2 = (torch.nn.Parameter(torch.randn(64, 64).bfloat16()) for _ in range(2))
+    x = torch.randn(20, 64, dtype=torch.bfloat16, requires_grad=True)
+    torch._dynamo.mark_dynamic(x, 0)
+    options = {"recipe": "nvfp4", "rewrite": "all", "codegen": "eager", "verify": True}
+
+    @torch.compile(backend="lowprec", options=options)
+    def saves_what_is_dropped_out(x):
+        return F.dropout(x @ w1, 0.5) @ w2
+
+    with observe() as compiles:
+        saves_what_is_dropped_out(x).sum().backward()
+    assert compiles[0].counts["fuse_micro"] >= 10
