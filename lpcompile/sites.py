@@ -117,7 +117,7 @@ ACTIVATIONS = "a product of two activations"
 NO_PARAMETERS = (
     f"{ACTIVATIONS}: no input of this graph is a Parameter, nor a matrix that requires grad"
 )
-BUFFER = "an operand is a buffer: only what depends on a parameter is a weight"
+BUFFER = "an operand is a buffer or a constant: only what depends on a parameter is a weight"
 GATHERED = (
     "it gathers a weight matrix for each token: sort tokens by expert and use grouped_mm "
     '(in Hugging Face transformers, experts_implementation="grouped_mm")'
@@ -167,6 +167,9 @@ def _backward(
     partner = _partner(node, other, partners, forward)
     if partner is None:
         return _without_forward(site, other, flow, forward)
+    if not partner.is_linear:
+        site.is_linear, site.obstacle = False, partner.obstacle
+        return site
     site.forward, site.module = partner, partner.module or site.module
     site.m, site.n, site.k = partner.m, partner.n, partner.k
     _group(site)
@@ -214,7 +217,7 @@ def _weight_of(node: fx.Node, flow: Flow) -> fx.Node | None:
 def _partner(
     node: fx.Node, other: fx.Node, partners: dict[Any, list[Site]], forward: list[Site]
 ) -> Site | None:
-    """The forward GEMM of the same linear: by ``seq_nr``, else by identity of the operand.
+    """The forward GEMM of the same linear, or product: by ``seq_nr``, else by identity.
 
     Inside a user's autograd.Function the backward GEMMs have the seq_nr of the Function, which no
     forward GEMM need share.
@@ -225,7 +228,7 @@ def _partner(
         if _same(other, s.lhs) or _same(other, s.rhs)
     ]
     if same:  # of a product of two activations too, one of which may be the X of a linear
-        return next((s for s in same if s.is_linear), None)
+        return next((s for s in same if s.is_linear), same[0])
     linears = [s for s in forward if s.is_linear]
     by_weight = next((s for s in linears if _same(other, s.weight)), None)
     return by_weight or next(
