@@ -130,7 +130,7 @@ def _without_weight(lhs: fx.Node, rhs: fx.Node, flow: Flow) -> str:
         return GATHERED
     if lhs in flow.constants or rhs in flow.constants:
         return BUFFER
-    return ACTIVATIONS if flow.weights else NO_PARAMETERS
+    return NO_PARAMETERS if flow.guessed and not flow.weights else ACTIVATIONS
 
 
 def _is_gathered(node: fx.Node, flow: Flow) -> bool:
