@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import fp8, groups, turned
-from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.define import cdiv, define, next_power_of_2, same_bits
+from lpcompile.ops.launcher import cached
 
 
 def outputs(x: Tensor) -> Tensor:
@@ -27,6 +28,7 @@ def reference(x: Tensor) -> Tensor:
     return fp8.canonical(x.abs().amax(-2).float())
 
 
+@cached
 @triton.jit
 def kernel(
     x_ptr,
@@ -78,13 +80,13 @@ def fill(x: Tensor, offs: Tensor | None, rows: Tensor | None, amax: Tensor, whol
         return amax
     (E, T, C), num_tokens = x.shape, groups.num_tokens(x[0], rows)
     ROWS, BT, BC, warps = 256, 16, 64, 1
-    grid = (triton.cdiv(C, BC), triton.cdiv(num_tokens, ROWS), E)
+    grid = (cdiv(C, BC), cdiv(num_tokens, ROWS), E)
     if offs is not None:
         E = offs.shape[0]
         grid = (grid[0], grid[1] + E, 1)
     kernel[grid](
         x, offs, rows, amax.view(torch.int32), E, T, C, *x.stride(), whole,
-        C % BC == 0, ROWS, BT, BC, triton.next_power_of_2(E), num_warps=warps,
+        C % BC == 0, ROWS, BT, BC, next_power_of_2(E), num_warps=warps,
     )  # fmt: skip
     return amax
 

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import amax_column_grouped, amax_tensor, fp8, group_tile, groups, hadamard
-from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.define import cdiv, define, next_power_of_2, same_bits
+from lpcompile.ops.launcher import cached
 
 
 def outputs(x: Tensor, offs: Tensor, signs: int | None) -> Tensor:
@@ -28,6 +29,7 @@ def reference(x: Tensor, offs: Tensor, signs: int | None) -> Tensor:
     return torch.cat([amax_tensor.reference(one) for one in each])
 
 
+@cached
 @triton.jit
 def kernel(
     x_ptr,
@@ -67,10 +69,10 @@ def launch(x: Tensor, offs: Tensor, signs: int | None) -> Tensor:
     amax = torch.zeros((E,), dtype=torch.float32, device=x.device)
     if x.numel():
         rows, BN, BC = 256, 1, 256
-        grid = (triton.cdiv(C, BC), triton.cdiv(T, rows) + E)
+        grid = (cdiv(C, BC), cdiv(T, rows) + E)
         kernel[grid](
             x, offs, amax.view(torch.int32), E, C, *x.stride(), signs,
-            rows, BN, BC, triton.next_power_of_2(E), num_warps=4, enable_fp_fusion=False,
+            rows, BN, BC, next_power_of_2(E), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return amax
 

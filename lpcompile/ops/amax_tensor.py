@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import fp8
-from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.define import cdiv, define, same_bits
+from lpcompile.ops.launcher import cached
 
 
 def outputs(x: Tensor) -> Tensor:
@@ -26,6 +27,7 @@ def reference(x: Tensor) -> Tensor:
     return fp8.canonical(x.abs().amax((1, 2)).float())
 
 
+@cached
 @triton.jit
 def kernel(x_ptr, amax_ptr, n, EVEN: tl.constexpr, PER_PROGRAM: tl.constexpr, BLOCK: tl.constexpr):
     e = tl.program_id(1)
@@ -47,7 +49,7 @@ def launch(x: Tensor) -> Tensor:
     if n:
         dense = x if _is_dense(x) else x.contiguous()
         per_program, block = 16384, 16384
-        grid = (triton.cdiv(n, per_program), E)
+        grid = (cdiv(n, per_program), E)
         bits, even = amax.view(torch.int32), n % per_program == 0
         kernel[grid](dense, bits, n, even, per_program, block, num_warps=8)
     return amax

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import fp8
+from lpcompile.ops import device, fp8
 from lpcompile.ops.define import round_up
 
 
@@ -47,12 +47,12 @@ def is_turned(x: Tensor) -> bool:
 
 def runs_native(x: Tensor) -> bool:
     """Whether x is on a Blackwell of the data center (10.x), whose conversions kernels use."""
-    return torch.cuda.get_device_capability(x.device)[0] == 10
+    return device.capability(x)[0] == 10
 
 
 def compares_pairs(x: Tensor) -> bool:
     """Whether the device of x compares 16-bit integers two at a time: capability 9.0 and up."""
-    return torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return device.capability(x) >= (9, 0)
 
 
 @triton.jit

@@ -53,6 +53,16 @@ def round_up(n: Any, multiple: int) -> Any:
     return (n + multiple - 1) // multiple * multiple
 
 
+def cdiv(n: int, size: int) -> int:
+    """n / size, rounded up. Triton's takes a microsecond on the host."""
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def same_bits(made: Any, expected: Any) -> str:
     """Empty when the two agree bit for bit, else where they differ first."""
     made, expected = _flat(made), _flat(expected)

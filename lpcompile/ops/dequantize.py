@@ -26,7 +26,8 @@ from lpcompile.ops import (
     swizzle,
     turned,
 )
-from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.define import cdiv, define, same_bits
+from lpcompile.ops.launcher import cached
 
 
 def is_fp4(values: Tensor) -> bool:
@@ -116,6 +117,7 @@ def pair(low, high, PAIRS: tl.constexpr):
     return (a.to(tl.int32) & 0xFFFF) | (b.to(tl.int32) << 16)
 
 
+@cached
 @triton.jit
 def kernel(
     values_ptr,
@@ -166,7 +168,7 @@ def fill(values: Tensor, scales: Tensor, x: Tensor) -> Tensor:
     codes = values.view(torch.int32 if is_fp4(values) else torch.int64)
     BN = 512 if K % 4096 == 0 else 256
     repeats = 2
-    kernel[(triton.cdiv(R, repeats), triton.cdiv(K, BN * 8))](
+    kernel[(cdiv(R, repeats), cdiv(K, BN * 8))](
         codes, scales, x.view(torch.int32), R, K,
         is_fp4(values), scales.dim() == 1, blocks.compares_pairs(x), BN, repeats, num_warps=8,
     )  # fmt: skip

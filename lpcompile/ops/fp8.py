@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lpcompile.ops import device
+
 MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 TRITON = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 
@@ -59,7 +61,7 @@ def stack(x: Tensor) -> Tensor:
 
 def runs_triton(x: Tensor) -> bool:
     """Whether the device of x converts to FP8 in Triton: capability 8.9 and up."""
-    return torch.cuda.get_device_capability(x.device) >= (8, 9)
+    return device.capability(x) >= (8, 9)
 
 
 @triton.jit

@@ -17,7 +17,6 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 
@@ -30,8 +29,9 @@ from lpcompile.ops import (
     fused_source,
     pointwise,
 )
-from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.define import cdiv, define, next_power_of_2, same_bits
 from lpcompile.ops.fused_source import along, is_grouped
+from lpcompile.ops.launcher import cached
 
 BM, BC, ROWS, WARPS, STAGES = 16, 64, 256, 2, 4  # a tile, rows a program goes down
 
@@ -70,7 +70,7 @@ def reference(
 @cache
 def kernel(program: str, wants: tuple[str, ...], even: bool) -> Any:
     """The generated kernel."""
-    return PyCodeCache.load(fused_source.amax_source(program, wants, even)).kernel
+    return cached(PyCodeCache.load(fused_source.amax_source(program, wants, even)).kernel)
 
 
 def launch(
@@ -84,11 +84,11 @@ def launch(
     torch._foreach_zero_(made)
     bits = [a.view(torch.int32) for a in made]
     sizes: list[Any] = [M, C]
-    tile, tiles = [STAGES, ROWS, BM, BC], triton.cdiv(M, ROWS)
+    tile, tiles = [STAGES, ROWS, BM, BC], cdiv(M, ROWS)
     if offs is not None and is_grouped(wants):
         E = offs.shape[0]
-        sizes, tile, tiles = [offs, M, C, E], [*tile, triton.next_power_of_2(E)], tiles + E + 1
-    kernel(program, tuple(wants), C % BC == 0)[(triton.cdiv(C, BC), tiles)](
+        sizes, tile, tiles = [offs, M, C, E], [*tile, next_power_of_2(E)], tiles + E + 1
+    kernel(program, tuple(wants), C % BC == 0)[(cdiv(C, BC), tiles)](
         *pointwise.arguments(pointwise.parse(program), inputs), *bits, *sizes, *tile,
         num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip

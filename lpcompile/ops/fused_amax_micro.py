@@ -11,12 +11,12 @@ from string import ascii_lowercase
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 
 from lpcompile.ops import amax_tensor, fp8, fused_amax, hadamard, micro_source, pointwise
-from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.define import cdiv, define, same_bits
+from lpcompile.ops.launcher import cached
 
 BM, BC, ROWS, WARPS = 1, 256, 256, 4  # runs and columns of a tile, rows a program goes down, warps
 
@@ -38,7 +38,7 @@ def reference(inputs: list[Tensor], program: str, wants: list[str]) -> list[Tens
 @cache
 def kernel(program: str, wants: tuple[str, ...], even: bool) -> Any:
     """The generated kernel."""
-    return PyCodeCache.load(micro_source.amax_source(program, wants, even)).kernel
+    return cached(PyCodeCache.load(micro_source.amax_source(program, wants, even)).kernel)
 
 
 def launch(inputs: list[Tensor], program: str, wants: list[str]) -> list[Tensor]:
@@ -48,7 +48,7 @@ def launch(inputs: list[Tensor], program: str, wants: list[str]) -> list[Tensor]
     (M, C), whole = full.shape, pointwise.arguments(pointwise.parse(program), inputs)
     made = [a.zero_() for a in outputs(inputs, program, wants)]
     even = M % ROWS == 0 and C % BC == 0
-    kernel(program, tuple(wants), even)[(triton.cdiv(C, BC), triton.cdiv(M, ROWS))](
+    kernel(program, tuple(wants), even)[(cdiv(C, BC), cdiv(M, ROWS))](
         *whole, *(a.view(torch.int32) for a in made),
         M, C, ROWS, BM, BC, False, even, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip

@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 
@@ -34,8 +33,9 @@ from lpcompile.ops import (
     quantize_fp8_tensor,
     quantize_fp8_tensor_t,
 )
-from lpcompile.ops.define import ALIGN, define, same_bits
+from lpcompile.ops.define import ALIGN, cdiv, define, next_power_of_2, same_bits
 from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, Form, parse_form
+from lpcompile.ops.launcher import cached
 from lpcompile.ops.quantize_fp8_block import BLOCK
 
 SCALES = 1024  # that one program makes
@@ -115,13 +115,13 @@ def _of(form: Form, what: str, x: Tensor, amax: Tensor | None, offs: Tensor | No
 @cache
 def kernel(program: str, forms: tuple[str, ...], even: bool) -> Any:
     """The generated kernel."""
-    return PyCodeCache.load(fused_cast_source.cast_source(program, forms, even)).kernel
+    return cached(PyCodeCache.load(fused_cast_source.cast_source(program, forms, even)).kernel)
 
 
 @cache
 def scales_kernel(forms: tuple[str, ...]) -> Any:
     """The generated kernel of the scales."""
-    return PyCodeCache.load(fused_cast_source.scales_source(forms)).kernel
+    return cached(PyCodeCache.load(fused_cast_source.scales_source(forms)).kernel)
 
 
 def launch(
@@ -149,15 +149,15 @@ def launch(
             written += [values, *([scales] if parsed[i].kind in BLOCKS else []), *padded]
         TP = next((made_of[i][0].shape[1] for i in mine if parsed[i].way != "n"), 0)
         sizes: list[Any] = [M, C, TP, align, columns, stages, BM, BC]
-        tiles = triton.cdiv(M, BM)
+        tiles = cdiv(M, BM)
         if offs is not None and any(parsed[i].way == "g" for i in mine):
             E = offs.shape[0]
-            sizes = [offs, M, C, E, TP, align, columns, stages, BM, BC, triton.next_power_of_2(E)]
+            sizes = [offs, M, C, E, TP, align, columns, stages, BM, BC, next_power_of_2(E)]
             # As many tiles as cut any groups, and the rest of [C, Tp] (see ``groups.locate``).
             span = max(BM, align)
-            tiles = (triton.cdiv(TP, span) + E + 1) * (span // BM)
+            tiles = (cdiv(TP, span) + E + 1) * (span // BM)
         text, even = tuple(forms[i] for i in mine), C % BC == 0
-        kernel(program, text, even)[(triton.cdiv(C, columns), tiles)](
+        kernel(program, text, even)[(cdiv(C, columns), tiles)](
             *whole, *read, *written, *sizes, num_warps=warps, enable_fp_fusion=False
         )
     return made
@@ -175,7 +175,7 @@ def _scales(
         arguments += [amax.contiguous(), e, made_of[i][1], amax.numel()]
         size = max(size, amax.numel())
     if mine:
-        grid = (triton.cdiv(size, SCALES), len(mine))
+        grid = (cdiv(size, SCALES), len(mine))
         scales_kernel(tuple(forms[i] for i in mine))[grid](*arguments, SCALES, num_warps=4)
     return encode
 

@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 
@@ -29,7 +28,8 @@ from lpcompile.ops import (
     quantize_nvfp4,
     swizzle,
 )
-from lpcompile.ops.define import define, round_up, same_bits
+from lpcompile.ops.define import cdiv, define, round_up, same_bits
+from lpcompile.ops.launcher import cached
 from lpcompile.ops.micro_source import E4M3, Form, parse_form
 from lpcompile.ops.philox import words
 
@@ -86,7 +86,7 @@ def _transformed(x: Tensor) -> Tensor:
 @cache
 def kernel(program: str, forms: tuple[str, ...], even: bool, index: str = "tl.uint32") -> Any:
     """The generated kernel."""
-    return PyCodeCache.load(micro_source.cast_source(program, forms, even, index)).kernel
+    return cached(PyCodeCache.load(micro_source.cast_source(program, forms, even, index)).kernel)
 
 
 def launch(
@@ -115,7 +115,7 @@ def launch(
         tensors = [t for i in mine for t in (*made[2 * i : 2 * i + 2], amax_of[i]) if t is not None]
         if any(parsed[i].draw is not None for i in mine):
             tensors.append(seed)  # type: ignore[arg-type]
-        grid = (triton.cdiv(C, BC), triton.cdiv(M, BM * run))
+        grid = (cdiv(C, BC), cdiv(M, BM * run))
         index = "tl.uint32" if full.numel() <= 2**32 else "tl.int64"
         kernel(program, tuple(forms[i] for i in mine), even, index)[grid](
             *whole, *tensors, M, C, BM, BC, native, even, num_warps=4, enable_fp_fusion=False

@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 
@@ -28,7 +27,8 @@ from lpcompile.ops import (
     pointwise,
     quantize_fp8_row,
 )
-from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.define import cdiv, define, next_power_of_2, same_bits
+from lpcompile.ops.launcher import cached
 
 WIDEST = 32768  # elements of the inputs' rows that the registers of one program hold
 WIDEST_WITH_MAXIMA = 16384  # 8192 x 28672: 192 us, 508 us with maxima, 122 us for them alone
@@ -71,14 +71,14 @@ def reference(
 @cache
 def kernel(program: str, element: str, pow2: bool, even: bool) -> Any:
     """The generated kernel."""
-    return PyCodeCache.load(fused_source.row_source(program, element, pow2, even)).kernel
+    return cached(PyCodeCache.load(fused_source.row_source(program, element, pow2, even)).kernel)
 
 
 @cache
 def walk(program: str, element: str, pow2: bool, grouped: bool, even: bool) -> Any:
     """The generated kernel that takes the maxima of columns too."""
     source = fused_source.walk_source(program, element, pow2, grouped, even)
-    return PyCodeCache.load(source).kernel
+    return cached(PyCodeCache.load(source).kernel)
 
 
 def launch(
@@ -95,10 +95,10 @@ def launch(
     made = outputs(inputs, program, element, pow2, columns, offs)
     if columns:
         return _walk(inputs, program, (fused_source.NAMES[element], pow2), made, offs)
-    (M, C), BC = full.shape, triton.next_power_of_2(made[0].shape[1])
+    (M, C), BC = full.shape, next_power_of_2(made[0].shape[1])
     BM = max(1, 1024 // BC)
     even = C == BC and M % BM == 0
-    kernel(program, fused_source.NAMES[element], pow2, even)[(triton.cdiv(M, BM),)](
+    kernel(program, fused_source.NAMES[element], pow2, even)[(cdiv(M, BM),)](
         *pointwise.arguments(pointwise.parse(program), inputs), *made, M, C, BM, BC,
         num_warps=min(16, max(4, BC // 1024)), enable_fp_fusion=False,
     )  # fmt: skip
@@ -120,15 +120,15 @@ def _walk(
     """
     values, scales, amax = made
     *E, M, C = fused_amax.full_input(inputs, program).shape
-    BC = triton.next_power_of_2(values.shape[-1])
+    BC = next_power_of_2(values.shape[-1])
     BM, warps, stages = max(1, 1024 // BC), max(1, BC // 2048), 5 if BC == 4096 else 3
-    ROWS = min(128, max(32, triton.next_power_of_2(scales.numel() // 256)))
-    tile, grid = [stages, ROWS, BM, BC], (triton.cdiv(M, ROWS), *E)
+    ROWS = min(128, max(32, next_power_of_2(scales.numel() // 256)))
+    tile, grid = [stages, ROWS, BM, BC], (cdiv(M, ROWS), *E)
     sizes: list[Any] = [M, C]
     if offs is not None:
         groups = offs.shape[0]
         grid, sizes = (grid[0] + groups + 1,), [offs, M, C, groups]
-        tile.append(triton.next_power_of_2(groups))
+        tile.append(next_power_of_2(groups))
     walk(program, *scaling, offs is not None, C == BC)[grid](
         *pointwise.arguments(pointwise.parse(program), inputs),
         values, scales, amax.zero_().view(torch.int32), *sizes, *tile,

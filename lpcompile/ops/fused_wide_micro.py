@@ -18,7 +18,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch._inductor.codecache import PyCodeCache
 
@@ -38,7 +37,8 @@ from lpcompile.ops import (
     quantize_nvfp4_grouped_t,
     wide_source,
 )
-from lpcompile.ops.define import define, round_up, same_bits
+from lpcompile.ops.define import cdiv, define, next_power_of_2, round_up, same_bits
+from lpcompile.ops.launcher import cached
 from lpcompile.ops.micro_source import E4M3, Form, parse_form
 from lpcompile.ops.philox import words
 
@@ -130,7 +130,7 @@ def _of_groups(
 @cache
 def kernel(program: str, forms: tuple[str, ...], even: bool, index: str = "tl.uint32") -> Any:
     """The generated kernel."""
-    return PyCodeCache.load(wide_source.source(program, forms, even, index)).kernel
+    return cached(PyCodeCache.load(wide_source.source(program, forms, even, index)).kernel)
 
 
 def _kernels(forms: list[Form]) -> list[list[int]]:
@@ -167,7 +167,7 @@ def launch(
     TP = 0
     if offs is not None:
         num_groups, TP = offs.shape[0], groups.padded_length(M, offs.shape[0], groups.ALIGN)
-        of_groups = [offs, made[-1], num_groups, TP, triton.next_power_of_2(num_groups)]
+        of_groups = [offs, made[-1], num_groups, TP, next_power_of_2(num_groups)]
     given = iter(amaxes)
     amax_of = [next(given).contiguous() if form.amax else None for form in parsed]
     index = "tl.uint32" if max(t.numel() for t in made) <= 2**32 else "tl.int64"
@@ -189,7 +189,7 @@ def launch(
         text = tuple(replace(parsed[i], how=_any_draw(parsed[i])).text for i in mine)
         run = kernel(program, text, even, index)
         # No multiply-add fusion: x * enc is rounded before anything is added to it.
-        run[(triton.cdiv(C, columns), triton.cdiv(rows, BM), E)](
+        run[(cdiv(C, columns), cdiv(rows, BM), E)](
             *pointwise.arguments(pointwise.parse(program), inputs), *tensors, *sizes,
             M, C, columns, BM, BC, False, even, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip

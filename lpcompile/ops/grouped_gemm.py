@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.torch_version import TorchVersion as Version
 
 from lpcompile.errors import ShapeError
-from lpcompile.ops import groups
-from lpcompile.ops.define import ALIGN
+from lpcompile.ops import device, groups
+from lpcompile.ops.define import ALIGN, cdiv, next_power_of_2
+from lpcompile.ops.launcher import cached
 from lpcompile.ops.quantize_fp8_block import BLOCK
 
 STEP = 64  # elements of bf16 in a step of ``wgmma``
+RUN_IN = Version("3.6") <= Version(triton.__version__) < Version("3.8")  # those ``wgmma`` was
 
 
 @triton.jit
@@ -90,6 +92,7 @@ def place(tile, starts, ends, M, N, K, ALONG_K: tl.constexpr, BM: tl.constexpr, 
     return group.to(tl.int64), m, last, n, begin, end
 
 
+@cached
 @triton.jit
 def kernel(
     a_ptr,
@@ -179,8 +182,7 @@ def suits_warpgroups(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> 
 
     Gluon, which it is written in, is experimental: names in it change.
     """
-    known = Version("3.6") <= Version(triton.__version__) < Version("3.8")
-    if not known or torch.cuda.get_device_capability(a.device)[0] != 9 or not a.shape[1]:
+    if not RUN_IN or device.capability(a)[0] != 9 or not a.shape[1]:
         return False
     readable = _is_readable(a) and _is_readable(b)
     # Of a stack the other way round, a step past the end would read the next matrix.
@@ -214,16 +216,16 @@ def fill_anywhere(
     (M, K), N, E = a.shape, b.shape[-2], offs.shape[0]
     blocked, along_k = a_scale.dim() == 2, b.dim() == 2
     square = blocked and b_scale.shape[-2] != N
-    tiles = triton.cdiv(N, BLOCK) * (triton.cdiv(M, BLOCK) + E)
+    tiles = cdiv(N, BLOCK) * (cdiv(M, BLOCK) + E)
     if along_k:
-        tiles = E * triton.cdiv(M, BLOCK) * triton.cdiv(N, BLOCK)
-    processors = torch.cuda.get_device_properties(a.device).multi_processor_count
+        tiles = E * cdiv(M, BLOCK) * cdiv(N, BLOCK)
+    processors = device.processors(a)
     kernel[(min(tiles, processors),)](
         a, a_scale, b, b_scale, offs, out, E, M, N, K,
         a.stride(0), 0 if along_k else b.stride(0), b.stride(-2),
         *strides(a_scale, a, along_k), *strides(b_scale, b, along_k),
         along_k, square, blocked, fast_accum, blocked if along_k else K % BLOCK == 0,
-        BLOCK, triton.next_power_of_2(E), num_warps=8, num_stages=4 if a.itemsize == 1 else 3,
+        BLOCK, next_power_of_2(E), num_warps=8, num_stages=4 if a.itemsize == 1 else 3,
     )  # fmt: skip
 
 

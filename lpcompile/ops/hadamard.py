@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import amax_column, fp8, turned
-from lpcompile.ops.define import define, round_up, same_bits
+from lpcompile.ops.define import cdiv, define, round_up, same_bits
+from lpcompile.ops.launcher import cached
 
 RUN = 16
 NAN = 0x7FC0  # one bf16 NaN on every device
@@ -77,6 +78,7 @@ def transformed(rows, SIGNS: tl.constexpr):
     return transform(v)
 
 
+@cached
 @triton.jit
 def kernel(
     x_ptr, y_ptr, M, C, MP, stride_e, stride_m, stride_c,
@@ -103,7 +105,7 @@ def fill(x: Tensor, signs: int, y: Tensor) -> Tensor:
     (E, M, C), MP = x.shape, y.shape[-1]
     BC, BM = 128, 64
     even = M % BM == 0 and C % BC == 0
-    kernel[(triton.cdiv(MP, BM), triton.cdiv(C, BC), E)](
+    kernel[(cdiv(MP, BM), cdiv(C, BC), E)](
         x, y.view(torch.int16), M, C, MP, *x.stride(), signs, BC, BM, even, num_warps=4
     )
     return y

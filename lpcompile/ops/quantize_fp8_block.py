@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import amax_column, blocks, fp8, turned
-from lpcompile.ops.define import ALIGN, define, round_up, same_bits
+from lpcompile.ops.define import ALIGN, cdiv, define, round_up, same_bits
+from lpcompile.ops.launcher import cached
 
 BLOCK = 128
 
@@ -48,6 +49,7 @@ def by_blocks(x: Tensor, rows: int, element: torch.dtype, pow2: bool) -> tuple[T
     return fp8.pad_columns(values[..., :R, :C], round_up(C, ALIGN)), fp8.decode_scale(scale)
 
 
+@cached
 @triton.jit
 def kernel(
     x_ptr,
@@ -114,7 +116,7 @@ def fill(
     x = fp8.stack(x)
     (E, R, C), CP = x.shape, values.shape[-1]
     BR, run, warps = TILES[blocks.is_turned(x), square]
-    kernel[(triton.cdiv(C, BLOCK) * triton.cdiv(R, BR), E)](
+    kernel[(cdiv(C, BLOCK) * cdiv(R, BR), E)](
         x, values, scales, R, C, CP, *x.stride(), *fp8.stack(scales).stride(),
         fp8.MAX[element], pow2, fp8.TRITON[element], square, BR, BLOCK, run,
         R % BR == 0 and C % BLOCK == 0, num_warps=warps,

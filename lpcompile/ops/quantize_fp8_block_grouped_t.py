@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import amax_column_grouped, fp8, groups, quantize_fp8_block
-from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.define import cdiv, define, next_power_of_2, same_bits
+from lpcompile.ops.launcher import cached
 from lpcompile.ops.quantize_fp8_block import BLOCK
 
 Made = tuple[Tensor, Tensor, Tensor]
@@ -50,6 +51,7 @@ def reference(
     return values, scales, padded
 
 
+@cached
 @triton.jit
 def kernel(
     x_ptr,
@@ -102,11 +104,11 @@ def launch(
     values, scales, padded = outputs(x, offs, element, pow2, rows)
     (T, C), TP, E = x.shape, values.shape[1], offs.shape[0]
     BC, run = 64, 16
-    grid = (triton.cdiv(C, BC), TP // BLOCK + E)
+    grid = (cdiv(C, BC), TP // BLOCK + E)
     kernel[grid](
         x, offs, rows, values, scales, padded, E, T, C, TP, *x.stride(),
         fp8.MAX[element], pow2, fp8.TRITON[element],
-        BLOCK, BC, run, triton.next_power_of_2(E), C % BC == 0 and T > 0, num_warps=4,
+        BLOCK, BC, run, next_power_of_2(E), C % BC == 0 and T > 0, num_warps=4,
     )  # fmt: skip
     return values, scales, padded
 

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import amax_column_grouped, amax_tensor_grouped, fp8, groups
-from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.define import cdiv, define, next_power_of_2, same_bits
 from lpcompile.ops.groups import ALIGN
+from lpcompile.ops.launcher import cached
 
 Made = tuple[Tensor, Tensor, Tensor]
 
@@ -61,6 +62,7 @@ def reference(
     return values, fp8.decode_scale(scale).flatten(), padded
 
 
+@cached
 @triton.jit
 def kernel(
     x_ptr,
@@ -128,11 +130,11 @@ def launch(
     (T, C), E = x.shape, offs.shape[0]
     BT, BC, run = 128, 64, 8
     # As many tiles as cut any groups, and the rest of values[C, Tp] (see ``groups.locate``).
-    grid = (triton.cdiv(C, BC), triton.cdiv(values.shape[1], BT) + E)
+    grid = (cdiv(C, BC), cdiv(values.shape[1], BT) + E)
     kernel[grid](
         x, amax, offs, rows, values, scales, padded, E, T, C, values.shape[1], *x.stride(),
         int(amax.dim() == 2), ALIGN, fp8.MAX[element], pow2, fp8.TRITON[element],
-        BT, BC, run, triton.next_power_of_2(E), C % BC == 0 and T > 0, num_warps=4,
+        BT, BC, run, next_power_of_2(E), C % BC == 0 and T > 0, num_warps=4,
     )  # fmt: skip
     return values, scales, padded
 

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import blocks, fp8, turned
-from lpcompile.ops.define import ALIGN, define, round_up, same_bits
+from lpcompile.ops.define import ALIGN, cdiv, define, next_power_of_2, round_up, same_bits
+from lpcompile.ops.launcher import cached
 
 
 def outputs(
@@ -35,6 +36,7 @@ def reference(
     return fp8.pad_columns(values, round_up(x.shape[-1], ALIGN)), fp8.decode_scale(scale)
 
 
+@cached
 @triton.jit
 def kernel(
     x_ptr,
@@ -93,7 +95,7 @@ def launch(
     values, scales = outputs(x, element, pow2)
     experts = fp8.stack(x)
     (E, R, C), CP = experts.shape, values.shape[-1]
-    whole = triton.next_power_of_2(CP)
+    whole = next_power_of_2(CP)
     if blocks.is_turned(x):
         BR, BC, run, one_read, warps = 64, 128, 8, whole <= 128, 4
     elif whole <= 32768:
@@ -101,7 +103,7 @@ def launch(
         warps = min(16, max(2, whole // 1024))
     else:
         BR, BC, run, one_read, warps = 1, 8192, 1, False, 8
-    kernel[(triton.cdiv(R, BR), E)](
+    kernel[(cdiv(R, BR), E)](
         experts, values, scales, R, C, CP, *experts.stride(),
         fp8.MAX[element], pow2, fp8.TRITON[element], BR, BC, run, one_read,
         R % BR == 0 and C % BC == 0, num_warps=warps,

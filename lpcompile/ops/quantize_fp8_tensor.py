@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import amax_tensor, blocks, fp8, turned
-from lpcompile.ops.define import ALIGN, define, round_up, same_bits
+from lpcompile.ops.define import ALIGN, cdiv, define, next_power_of_2, round_up, same_bits
+from lpcompile.ops.launcher import cached
 
 
 def outputs(x: Tensor, amax: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor]:
@@ -30,6 +31,7 @@ def reference(x: Tensor, amax: Tensor, element: torch.dtype, pow2: bool) -> tupl
     return fp8.pad_columns(values, round_up(x.shape[-1], ALIGN)), fp8.decode_scale(scale)
 
 
+@cached
 @triton.jit
 def kernel(
     x_ptr,
@@ -90,9 +92,9 @@ def fill(
     if blocks.is_turned(x):
         BR, BC, run, warps = 64, 128, 8, 4
     else:
-        BC = min(triton.next_power_of_2(CP), 256)
+        BC = min(next_power_of_2(CP), 256)
         BR, run, warps = 4096 // BC, 1, 4
-    kernel[(triton.cdiv(CP, BC) * triton.cdiv(R, BR), E)](
+    kernel[(cdiv(CP, BC) * cdiv(R, BR), E)](
         x, amax, values, scales, R, C, CP, *x.stride(), scales.numel() == E * R,
         fp8.MAX[element], pow2, fp8.TRITON[element], BR, BC, run,
         R % BR == 0 and C % BC == 0, num_warps=warps,

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import amax_column, blocks, fp8, micro_tile, mx, turned
-from lpcompile.ops.define import define, round_up, same_bits
+from lpcompile.ops.define import cdiv, define, round_up, same_bits
+from lpcompile.ops.launcher import cached
 from lpcompile.ops.mx import BLOCK
 
 
@@ -40,6 +41,7 @@ def by_blocks(x: Tensor, rows: int, element: torch.dtype, floor: bool) -> tuple[
     return values.contiguous(), byte.contiguous()
 
 
+@cached
 @triton.jit
 def kernel(
     x_ptr,
@@ -89,7 +91,7 @@ def fill(
     x = fp8.stack(x)
     E, R, C = x.shape
     BR, BC, run, warps = TILES[blocks.is_turned(x), rows > 1]
-    kernel[(triton.cdiv(R, BR), triton.cdiv(C, BC), E)](
+    kernel[(cdiv(R, BR), cdiv(C, BC), E)](
         x, values, scales, R, C, *x.stride(),
         fp8.MAX[element], mx.EXPONENT[element], fp8.TRITON[element], floor, rows,
         blocks.runs_native(x), BR, BC, run, R % BR == 0 and C % BC == 0, num_warps=warps,

@@ -24,8 +24,9 @@ from lpcompile.ops import (
     quantize_mxfp8,
     turned,
 )
-from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.define import cdiv, define, next_power_of_2, same_bits
 from lpcompile.ops.groups import ALIGN
+from lpcompile.ops.launcher import cached
 from lpcompile.ops.mx import BLOCK
 
 Made = tuple[Tensor, Tensor, Tensor]
@@ -51,6 +52,7 @@ def reference(x: Tensor, offs: Tensor, element: torch.dtype, floor: bool) -> Mad
     return values, scales, padded
 
 
+@cached
 @triton.jit
 def kernel(
     x_ptr,
@@ -107,11 +109,11 @@ def launch(x: Tensor, offs: Tensor, element: torch.dtype, floor: bool) -> Made:
     values, scales, padded = outputs(x, offs, element, floor)
     C, TP, E = x.shape[1], values.shape[1], offs.shape[0]
     BN, BC = ALIGN // BLOCK, 64
-    grid = (triton.cdiv(C, BC), TP // ALIGN)
+    grid = (cdiv(C, BC), TP // ALIGN)
     kernel[grid](
         x, offs, values, scales, padded, E, C, TP, *x.stride(),
         fp8.MAX[element], mx.EXPONENT[element], fp8.TRITON[element], floor, blocks.runs_native(x),
-        ALIGN, BN, BC, triton.next_power_of_2(E), num_warps=4,
+        ALIGN, BN, BC, next_power_of_2(E), num_warps=4,
     )  # fmt: skip
     return values, scales, padded
 

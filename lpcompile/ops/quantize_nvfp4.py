@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import amax_column, amax_tensor, blocks, fp4, fp8, micro_tile, turned
-from lpcompile.ops.define import define, round_up, same_bits
+from lpcompile.ops.define import cdiv, define, round_up, same_bits
 from lpcompile.ops.fp4 import ALIGN, BLOCK
+from lpcompile.ops.launcher import cached
 from lpcompile.ops.philox import words
 
 
@@ -51,6 +52,7 @@ def by_blocks(x: Tensor, amax: Tensor, word: Tensor | None, rows: int) -> tuple[
     return fp4.pack(codes).contiguous(), s.contiguous()
 
 
+@cached
 @triton.jit
 def kernel(
     x_ptr,
@@ -112,7 +114,7 @@ def fill(
     BR, BC, run, warps = TILES[blocks.is_turned(x), rows > 1, seed is not None]
     index = tl.uint32 if x.numel() <= 2**32 else tl.int64
     # No multiply-add fusion: x * enc is rounded before what is subtracted from it.
-    kernel[(triton.cdiv(R, BR), triton.cdiv(C, BC), E)](
+    kernel[(cdiv(R, BR), cdiv(C, BC), E)](
         x, amax, seed, values, scales, R, C, *x.stride(), draw,
         seed is not None, index, rows, blocks.runs_native(x), BR, BC, run,
         R % BR == 0 and C % BC == 0, num_warps=warps, enable_fp_fusion=False,

@@ -32,9 +32,10 @@ from lpcompile.ops import (
     quantize_nvfp4,
     turned,
 )
-from lpcompile.ops.define import define, same_bits
+from lpcompile.ops.define import cdiv, define, next_power_of_2, same_bits
 from lpcompile.ops.fp4 import BLOCK
 from lpcompile.ops.groups import ALIGN
+from lpcompile.ops.launcher import cached
 from lpcompile.ops.philox import words
 
 Made = tuple[Tensor, Tensor, Tensor]
@@ -68,6 +69,7 @@ def reference(
     return values, scales, padded
 
 
+@cached
 @triton.jit
 def kernel(
     x_ptr,
@@ -143,12 +145,12 @@ def launch(
     values, scales, padded = outputs(x, amax, offs, signs, seed, draw)
     C, TP, E = x.shape[1], 2 * values.shape[1], offs.shape[0]
     BN, BC = 8 if seed is None else 4, 64  # random words take registers: of 8 blocks, they spill
-    grid = (triton.cdiv(C, BC), TP // (BN * BLOCK))
+    grid = (cdiv(C, BC), TP // (BN * BLOCK))
     # No multiply-add fusion: x * enc is rounded before what is subtracted from it.
     kernel[grid](
         x, amax, offs, seed, values, scales.view(torch.uint8), padded, E, C, TP, *x.stride(), draw,
         signs, seed is not None, blocks.runs_native(x),
-        ALIGN, BN, BC, triton.next_power_of_2(E), num_warps=4, enable_fp_fusion=False,
+        ALIGN, BN, BC, next_power_of_2(E), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return values, scales, padded
 

@@ -16,6 +16,7 @@ from lpcompile.ops import (
     amax_column,
     amax_tensor,
     block_scaled,
+    device,
     grouped_gemm,
     quantize_fp8_block,
     quantize_fp8_row,
@@ -108,7 +109,7 @@ def launch(
     if a_scale.dtype in block_scaled.SCALES:
         sides = Side(a, a_scale, a_amax), Side(b, b_scale, b_amax)
         return block_scaled.launch(*sides, out_dtype)
-    if torch.cuda.get_device_capability(a.device) < (8, 9):
+    if device.capability(a) < (8, 9):
         return reference(a, a_scale, b, b_scale, out_dtype, fast_accum)
     if a_scale.dim() == 2 and not _suits_cublas(a, a_scale, b, b_scale):
         return _multiply_blocks(a, a_scale, b, b_scale, out_dtype)
@@ -137,7 +138,7 @@ def _suits_cublas(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> boo
     """
     whole = a.shape[1] % (4 * BLOCK) == 0 and a.shape[0] % 4 == 0 and b.shape[0] % ALIGN == 0
     whole = whole and not (_is_square(a, a_scale) and _is_square(b, b_scale))
-    return torch.cuda.get_device_capability(a.device)[0] == 9 and whole
+    return device.capability(a)[0] == 9 and whole
 
 
 def _multiply_blocks(

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops.define import define, round_up, same_bits
+from lpcompile.ops.define import cdiv, define, round_up, same_bits
+from lpcompile.ops.launcher import cached
 
 ROWS, COLUMNS = 128, 4  # of a tile
 
@@ -58,6 +59,7 @@ def tiles_of(scales):
     return tl.reshape(tl.permute(cut, (2, 1, 0, 3)), (N * 512,))
 
 
+@cached
 @triton.jit
 def kernel(
     scales_ptr, flat_ptr, R, C, CP, stride_e, stride_r, stride_c, SIZE, BC: tl.constexpr
@@ -83,7 +85,7 @@ def fill(scales: Tensor, flat: Tensor) -> Tensor:
     E, R, C = scales.shape
     if flat.numel():
         CP, BC = round_up(C, COLUMNS), 32
-        kernel[(triton.cdiv(R, ROWS) * triton.cdiv(CP, BC), E)](
+        kernel[(cdiv(R, ROWS) * cdiv(CP, BC), E)](
             scales.view(torch.uint8), flat.view(torch.uint8), R, C, CP,
             *scales.stride(), flat.numel() // E, BC, num_warps=4,
         )  # fmt: skip

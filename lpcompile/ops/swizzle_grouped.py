@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import groups, swizzle
-from lpcompile.ops.define import define, round_up, same_bits
+from lpcompile.ops.define import cdiv, define, next_power_of_2, round_up, same_bits
+from lpcompile.ops.launcher import cached
 from lpcompile.ops.swizzle import COLUMNS, ROWS
 
 agrees = same_bits
@@ -35,6 +36,7 @@ def reference(scales: Tensor, offs: Tensor) -> Tensor:
     return flat.view(scales.dtype)
 
 
+@cached
 @triton.jit
 def kernel(
     scales_ptr, offs_ptr, flat_ptr, E, C, CP, stride_t, stride_c,
@@ -56,9 +58,9 @@ def launch(scales: Tensor, offs: Tensor) -> Tensor:
     flat = outputs(scales, offs)
     if flat.numel():
         (TP, CP), E, BC = flat.shape, offs.shape[0], 32
-        kernel[(TP // ROWS, triton.cdiv(CP, BC))](
+        kernel[(TP // ROWS, cdiv(CP, BC))](
             scales.view(torch.uint8), offs, flat.view(torch.uint8), E, scales.shape[1], CP,
-            *scales.stride(), BC, triton.next_power_of_2(E), num_warps=4,
+            *scales.stride(), BC, next_power_of_2(E), num_warps=4,
         )  # fmt: skip
     return flat
 

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import groups, swizzle, swizzle_grouped
-from lpcompile.ops.define import define, round_up, same_bits
+from lpcompile.ops.define import cdiv, define, next_power_of_2, round_up, same_bits
+from lpcompile.ops.launcher import cached
 from lpcompile.ops.swizzle import COLUMNS, ROWS
 
 agrees = same_bits
@@ -34,6 +35,7 @@ def reference(scales: Tensor, offs: Tensor) -> Tensor:
     return flat.view(scales.dtype)
 
 
+@cached
 @triton.jit
 def kernel(
     scales_ptr, offs_ptr, flat_ptr, E, R, SP, stride_r, stride_s,
@@ -57,9 +59,9 @@ def launch(scales: Tensor, offs: Tensor) -> Tensor:
     flat = outputs(scales, offs)
     if flat.numel():
         (RP, SP), E, BS = flat.shape, offs.shape[0], 32
-        kernel[(triton.cdiv(SP, BS) + E, RP // ROWS)](
+        kernel[(cdiv(SP, BS) + E, RP // ROWS)](
             scales.view(torch.uint8), offs, flat.view(torch.uint8), E, scales.shape[0], SP,
-            *scales.stride(), BS, triton.next_power_of_2(E), num_warps=4,
+            *scales.stride(), BS, next_power_of_2(E), num_warps=4,
         )  # fmt: skip
     return flat
 

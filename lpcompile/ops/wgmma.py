@@ -19,7 +19,8 @@ hold one accumulator of 64x256 and no second, so that this goes in halves of 64x
 What was measured against CUTLASS and cuBLASLt is in docs/benchmarks.md.
 """
 
-import torch
+from functools import cache
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -32,8 +33,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lpcompile.ops import grouped_gemm
+from lpcompile.ops import device, grouped_gemm
 from lpcompile.ops.define import round_up
+from lpcompile.ops.launcher import cached
 from lpcompile.ops.wgmma_store import scales_of, store
 
 NONE, ROWS, COLUMNS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # what groups lie along
@@ -286,6 +288,7 @@ def multiply(
         group += 1
 
 
+@cached
 @gluon.jit(do_not_specialize=["E", "M"])
 def kernel(
     a_desc,
@@ -373,12 +376,11 @@ def fill(
     turned = tuple(int(x.stride(-1) != 1) for x in (a, b))
     b_scale_desc = None
     if blocked and not square:
-        lines = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
         flat = b_scale.mT.reshape(-1)
-        b_scale_desc = TensorDescriptor(flat, [flat.numel()], [1], [BN], lines)
+        b_scale_desc = TensorDescriptor(flat, [flat.numel()], [1], [BN], _layout(0, 4))
     of_a = grouped_gemm.strides(a_scale, a, groups == 2)
     of_b = grouped_gemm.strides(b_scale, b, groups == 2)
-    processors = torch.cuda.get_device_properties(a.device).multi_processor_count
+    processors = device.processors(a)
     kernel[(processors,)](
         _tiles(a, BM), _tiles(b, BN), b_scale_desc, a_scale, b_scale, offs, out,
         addend, 1 if offs is None else offs.shape[0], M, N, K, *of_a, *of_b,
@@ -395,5 +397,11 @@ def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
     if x.stride(-1) != 1:
         x, shape = x.mT, shape[::-1]
     flat = x.flatten(0, -2)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=LINE, element_bitwidth=8 * size, rank=2)
-    return TensorDescriptor(flat, list(flat.shape), [flat.stride(0), 1], shape, layout)
+    return TensorDescriptor(flat, list(flat.shape), [flat.stride(0), 1], shape, _layout(LINE, size))
+
+
+@cache
+def _layout(line: int, size: int) -> gl.NVMMASharedLayout:
+    """Of tiles in shared memory: swizzled lines of so many bytes, elements of ``size`` bytes."""
+    rank = 2 if line else 1
+    return gl.NVMMASharedLayout(swizzle_byte_width=line, element_bitwidth=8 * size, rank=rank)

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import fp4, grouped_gemm
-from lpcompile.ops.define import define, per_column
+from lpcompile.ops.define import cdiv, define, per_column
+from lpcompile.ops.launcher import cached
 
 
 def outputs(
@@ -59,6 +60,7 @@ def reference(
     return product.to(out_dtype)
 
 
+@cached
 @triton.jit
 def kernel(wide_ptr, a_amax_ptr, b_amax_ptr, out_ptr, n, BLOCK: tl.constexpr):
     """wide[n] fp32 times the decode scales of two tensors, rounded once more."""
@@ -71,7 +73,7 @@ def kernel(wide_ptr, a_amax_ptr, b_amax_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 def fill(wide: Tensor, a_amax: Tensor, b_amax: Tensor, out: Tensor) -> Tensor:
     """Run the kernel into ``out``."""
-    grid = (triton.cdiv(wide.numel(), 4096),)
+    grid = (cdiv(wide.numel(), 4096),)
     kernel[grid](wide, a_amax, b_amax, out, wide.numel(), 4096, num_warps=8)
     return out
 

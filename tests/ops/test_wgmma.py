@@ -3,7 +3,6 @@ those of ``scaled_grouped_mm``."""
 
 import re
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from lpcompile.ops import grouped_gemm, wgmma
+from lpcompile.ops import device, grouped_gemm, wgmma
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 TYPES = {
@@ -55,8 +54,7 @@ def compiled(monkeypatch, *args):
             target = GPUTarget("cuda", 90, 32)
             made.append(triton.compile(source, target=target, options={"num_warps": num_warps}))
 
-    properties = SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(device, "processors", lambda x: 132)
     monkeypatch.setattr(wgmma, "kernel", Compiler())
     wgmma.fill(*args)
     return made[0]
@@ -154,7 +152,7 @@ def test_sm90_every_warp_carries_its_next_tile_from_group_to_group(name, monkeyp
 
 
 def test_only_what_tma_reads_is_for_warpgroups(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(device, "capability", lambda x: (9, 0))
     a, a_scale, b, b_scale, *_ = CASES["squares"]
     suits = grouped_gemm.suits_warpgroups
     assert suits(a, a_scale, b, b_scale)
@@ -173,5 +171,5 @@ def test_only_what_tma_reads_is_for_warpgroups(monkeypatch):
     assert suits(values(K, T, dtype=BF16).t(), ones(1), w[0], ones(1))
     assert not suits(x[:, :200], ones(1), values(E, 200, N, dtype=BF16).mT, ones(E))
     assert not suits(x, ones(1), values(E, K, 250, dtype=BF16).mT, ones(E))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(device, "capability", lambda x: (10, 0))
     assert not suits(a, a_scale, b, b_scale)

@@ -1,0 +1,123 @@
+"""Launch a compiled Triton kernel again, in a few microseconds: what ``kernel[grid](...)`` does.
+
+Every launch of Triton's finds out anew what the kernel was compiled for, and asks the driver about
+every pointer. A kernel that is ``cached`` does so once: what Triton compiled is kept under a key of
+everything that Triton tells calls apart by, or finer, and a call whose key is known goes to its
+launcher at once, pointers as numbers. The key: types; of a tensor its dtype, its device and whether
+it begins at a multiple of 16 bytes; of an integer whether it is below 2, divisible by 16, or needs
+64 bits; every constant and option by its value; the current device. What is not known here, and
+every launch that a hook of Triton's watches, goes Triton's way.
+
+Not seen are knobs of Triton's compiler that change after a kernel was first launched.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import Parameter
+from torch.torch_version import TorchVersion as Version
+from triton import knobs
+from triton.runtime.jit import JITFunction
+
+# Those whose compiled kernels are launched as below.
+KNOWN = Version("3.6") <= Version(triton.__version__) < Version("3.8")
+
+# What of an argument the key has, and what the launcher takes, as Python.
+_TENSOR = "{0}.dtype, {0}.get_device(), at_{0} % 16 == 0", "at_{0}"
+_PARTS: dict[type, tuple[str, str]] = {
+    Tensor: _TENSOR,
+    Parameter: _TENSOR,
+    int: ("{0} if {0} < 2 else ({0} % 16 == 0, {0} >> 31)", "{0}"),
+    type(None): ("None", "None"),
+}
+_CONSTANT = "{0}", "{0}"
+if KNOWN:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    _PARTS[TensorDescriptor] = "{0}.base.dtype, *{0}.block_shape, {0}.layout", "{0}"
+
+
+def cached(kernel: Any) -> Any:
+    """The kernel itself, which from now on keeps what is compiled of it."""
+    # The interpreter's are none; a generated module that is loaded again is the same module.
+    if KNOWN and isinstance(kernel, JITFunction) and not isinstance(kernel, _Kept):
+        way: Any = type(kernel)
+        kernel.__class__ = _subclass(way)
+        kernel._kept = {}
+    return kernel
+
+
+@cache
+def _subclass(kernel: Any) -> Any:
+    """Triton's class of a kernel, or Gluon's, launched from what is kept."""
+    return type(kernel.__name__, (_Kept, kernel), {})
+
+
+class _Kept:
+    """``kernel[grid](*arguments, **options)`` of a kernel that was compiled before."""
+
+    run: Callable[..., Any]  # Triton's way
+    params: Any
+    # types of the arguments, names of the options -> what reads them, and by key what to launch
+    _kept: dict[tuple[Any, ...], tuple[Callable[..., Any] | None, dict[Any, Any]]]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
+        signature = (*map(type, args), *options)
+        found = self._kept.get(signature)
+        if found is None:
+            found = self._kept[signature] = _reader(self.params, tuple(map(type, args))), {}
+        read, kept = found
+        if read is None or _is_watched(self):
+            return self.run(*args, grid=grid, warmup=False, **options)
+        key, given = read(*args)
+        key = key, *options.values()
+        launch = kept.get(key)
+        if launch is None or launch[0] != torch._C._cuda_getDevice():
+            kernel = self.run(*args, grid=grid, warmup=False, **options)
+            if kernel is not None:
+                device = torch._C._cuda_getDevice()
+                kept[key] = device, kernel.run, kernel.function, kernel.packed_metadata
+            return kernel
+        device, run, function, metadata = launch
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        return run(x, y, z, stream, function, metadata, None, None, None, *given)
+
+
+def _reader(params: Any, types: tuple[type, ...]) -> Callable[..., Any] | None:
+    """A function of the arguments that returns their part of the key, and what the launcher takes.
+
+    None where an argument is of a type whose specialization is not known here.
+    """
+    if len(types) != len(params):
+        return None
+    names, places, keys, given = [f"a{i}" for i in range(len(types))], [], [], []
+    for name, param, kind in zip(names, params, types, strict=True):
+        parts = _CONSTANT if param.is_constexpr else _PARTS.get(kind)
+        if parts is None:
+            return None
+        if parts is _TENSOR:
+            places.append(f"    at_{name} = {name}.data_ptr()")
+        keys.append(parts[0].format(name))
+        given.append(parts[1].format(name))
+    lines = [
+        f"def read({', '.join(names)}):",
+        *places,
+        f"    return ({', '.join(keys)}), ({', '.join(given)})",
+    ]
+    made: dict[str, Any] = {}
+    exec("\n".join(lines), made)
+    return made["read"]
+
+
+def _is_watched(kernel: Any) -> Any:
+    """Whether somebody is to be told of the launch."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks
