@@ -39,17 +39,15 @@ BM, BC, ROWS, WARPS, STAGES = 16, 64, 256, 2, 4  # a tile, rows a program goes d
 def outputs(
     inputs: list[Tensor], program: str, wants: list[str], offs: Tensor | None = None
 ) -> list[Tensor]:
-    M, _ = full_input(inputs, program).shape
-    return [_empty(inputs, program, want, M, offs) for want in wants]
-
-
-def _empty(inputs: list[Tensor], program: str, want: str, M: int, offs: Tensor | None) -> Tensor:
-    full = full_input(inputs, program)
-    columns = width(inputs, program, result_of(want))
-    shapes: dict[str, tuple[int, ...]] = {"row": (M,), "column": (columns,)}
-    if offs is not None:
-        shapes["group"] = (offs.shape[0], columns)
-    return full.new_empty(shapes.get(along(want), (1,)), dtype=torch.float32)
+    full, made = full_input(inputs, program), []
+    M, C = full.shape
+    for want in wants:
+        kind, columns = along(want), C * num_parts(program, result_of(want))
+        shape = {"row": (M,), "column": (columns,)}.get(kind, (1,))
+        if kind == "group":
+            shape = (offs.shape[0], columns)  # type: ignore[union-attr]
+        made.append(full.new_empty(shape, dtype=torch.float32))
+    return made
 
 
 def reference(
@@ -100,14 +98,15 @@ def full_input(inputs: list[Tensor], program: str) -> Tensor:
     return inputs[pointwise.parse(program).large]
 
 
+@cache
 def result_of(want: str) -> int:
     """The index of the result that an amax is of."""
     return int(want.removeprefix(along(want)))
 
 
-def width(inputs: list[Tensor], program: str, result: int) -> int:
-    """The columns of a result: C for each of its parts."""
-    return full_input(inputs, program).shape[1] * len(pointwise.parse(program).parts[result])
+def num_parts(program: str, result: int) -> int:
+    """How many lie side by side in a result, each of C columns."""
+    return len(pointwise.parse(program).parts[result])
 
 
 op = define(

@@ -76,8 +76,10 @@ def outputs(
     full, given = fused_amax.full_input(inputs, program), iter(amaxes)
     made: list[Tensor] = []
     for form in map(parse_form, forms):
-        shape = (full.shape[0], fused_amax.width(inputs, program, form.result))
-        x = full[:, :1].expand(shape)  # of the result's shape, and of no memory
+        x, parts = full, fused_amax.num_parts(program, form.result)
+        if parts > 1:
+            M, C = full.shape
+            x = full[:, :1].expand(M, C * parts)  # of the result's shape, and of no memory
         made += _of(form, "outputs", x, None if form.kind in BLOCKS else next(given), offs)
     return made
 

@@ -54,6 +54,7 @@ def parse_form(text: str) -> Form:
     return Form(int(result), kind, element, scale == "pow2", way)
 
 
+@cache
 def along(amax: str) -> str:
     """What an amax is of: "row", "column", "group", "tensor" or "tokens"."""
     return amax.rstrip(digits)

@@ -19,7 +19,7 @@ One text serves the torch reference (``run``) and the Triton kernel (``to_triton
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -73,12 +73,12 @@ class Program:
     statements: tuple[Statement, ...]
     results: tuple[str, ...]
 
-    @property
+    @cached_property
     def parts(self) -> list[list[str]]:
         """The names in each result, from left to right."""
         return [result.split("+") for result in self.results]
 
-    @property
+    @cached_property
     def large(self) -> int:
         """The index of an input of shape [M, C]."""
         return next(i for i, kind in enumerate(self.kinds) if kind in ("full", "wide"))
