@@ -43,7 +43,7 @@ def outputs(
     M, C = full.shape
     for want in wants:
         kind, columns = along(want), C * num_parts(program, result_of(want))
-        shape = {"row": (M,), "column": (columns,)}.get(kind, (1,))
+        shape: tuple[int, ...] = {"row": (M,), "column": (columns,)}.get(kind, (1,))
         if kind == "group":
             shape = (offs.shape[0], columns)  # type: ignore[union-attr]
         made.append(full.new_empty(shape, dtype=torch.float32))
