@@ -3,7 +3,8 @@
 ``share`` is bytes that must move / time over the bandwidth of a large copy in the same run. Bytes
 that must move: every input tensor read once and every output written once. A chain of several
 kernels, or a kernel that reads twice, is charged for it by its share. ``copy`` copies one tensor,
-and pays what any kernel of that size pays for its launch and its last programs.
+and pays what any kernel of that size pays for its launch and its last programs. ``host us``: until
+the call returns, on an idle GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from lpcompile.bench import fused as fused_ops
 from lpcompile.bench.fused import Call, name_of
 from lpcompile.bench.models import EXPERTS, Layer, Llama, experts_layer, linears, llama_layer
 from lpcompile.bench.report import Row
-from lpcompile.bench.timing import copy_bandwidth, interleave
+from lpcompile.bench.timing import copy_bandwidth, host_ms, interleave
 from lpcompile.ops.pointwise import IDENTITY
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -252,6 +253,7 @@ def _rows(of: str, calls: Sequence[Call], repeats: int, copy: float) -> list[Row
     for call, num_bytes, timing in zip(calls, moved, timings.values(), strict=True):
         bandwidth = num_bytes / (timing.ms * 1e-3)
         row = {"kernel": call.name, "of": of, "R": call.R, "C": call.C, "us": timing.ms * 1e3}
+        row |= {"host us": host_ms(call.function, device) * 1e3}
         rows.append(row | {"TB/s": bandwidth / 1e12, "share": bandwidth / copy})
     return rows
 

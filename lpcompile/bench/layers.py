@@ -1,6 +1,7 @@
 """``bench ffn``, ``block`` and ``experts``: forward and backward of one layer, however compiled.
 
 ms          median of one forward + backward, gradients of the input included
+host ms     median until it returns, on an idle GPU: with ``ms`` near it, launching bounds the step
 spread      (90th percentile - 10th) / median
 speedup     bf16's ms / this ms; predicted: the cost model's, from bf16's measured ms
 peak GiB    most memory allocated in a step: weights, gradients, what is saved and temporaries
@@ -20,7 +21,7 @@ from torch._inductor.utils import fresh_cache
 from lpcompile import cost
 from lpcompile.bench.models import Layer, built, drawn
 from lpcompile.bench.report import Row
-from lpcompile.bench.timing import interleave, synchronize
+from lpcompile.bench.timing import host_ms, interleave, synchronize
 from lpcompile.bench.variants import Variant, static_shapes
 from lpcompile.recipes import PRODUCTS, get_recipe
 
@@ -69,6 +70,7 @@ def compare(
         name = candidate.variant.name
         rows[name] = {
             "ms": timings[name].ms,
+            "host ms": host_ms(candidate.step, device),
             "spread": timings[name].spread,
             "speedup": before / timings[name].ms,
             "predicted speedup": predicted(layer, candidate.variant.recipe, before),

@@ -95,6 +95,20 @@ def _cpu_rounds(functions: list[Callable[[], object]], repeats: int) -> list[lis
     return samples
 
 
+def host_ms(function: Callable[[], object], device: torch.device, repeats: int = 9) -> float:
+    """Median milliseconds until a function returns, the GPU being idle when it is called.
+
+    What only launches kernels does not wait for them: this is what launching costs.
+    """
+    samples = []
+    for _ in range(repeats):
+        synchronize(device)
+        begin = time.perf_counter()
+        function()
+        samples.append((time.perf_counter() - begin) * 1e3)
+    return median(samples)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the GPU, where there is one."""
     if device.type == "cuda":
