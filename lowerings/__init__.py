@@ -1,8 +1,8 @@
 """Inductor lowerings of the custom ops. Imported as lpcompile.lowerings."""
 
-from lpcompile.lowerings import quantize_fp8_row
+from lpcompile.lowerings import launch, quantize_fp8_row
 
-__all__ = ["ALL", "quantize_fp8_row"]
+__all__ = ["ALL", "launch", "quantize_fp8_row"]
 
 ALL = (quantize_fp8_row,)
 

@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
+from torch._inductor.lowering import lowerings, register_lowering, to_dtype
 from torch._inductor.virtualized import V
 from torch._inductor.virtualized import ops as inner
 
 from lpcompile import ops
+from lpcompile.lowerings.launch import fallback
 from lpcompile.ops.define import ALIGN
 from lpcompile.ops.fp8 import MAX
 
 aten = torch.ops.aten
 OP = ops.quantize_fp8_row.op
-_fallback = fallback_handler(OP, add_to_fallback_set=False)
+_fallback = fallback(OP)
 
 
 @register_lowering(OP, type_promotion_kind=None)

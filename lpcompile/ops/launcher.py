@@ -23,8 +23,8 @@ from torch.torch_version import TorchVersion as Version
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-# Those whose compiled kernels are launched as below.
-KNOWN = Version("3.6") <= Version(triton.__version__) < Version("3.8")
+# What specializes, and how compiled kernels are launched, was read in these; AMD's differs.
+KNOWN = Version("3.6") <= Version(triton.__version__) < Version("3.8") and not torch.version.hip
 
 # What of an argument the key has, and what the launcher takes, as Python.
 _TENSOR = "{0}.dtype, {0}.get_device(), at_{0} % 16 == 0", "at_{0}"

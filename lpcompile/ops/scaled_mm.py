@@ -120,13 +120,19 @@ def launch(
     if a_scale.numel() == 1 and a.shape[0] != 1 and not by_row:
         made = _scaled_mm(a, a_scale, b, b_scale, out_dtype, fast_accum)
     elif a_scale.dim() == 1:
-        # cuBLASLt takes no scales that are spread by a stride of 0.
-        a_scale = a_scale.expand(a.shape[0]).contiguous()[:, None]
-        b_scale = b_scale.expand(b.shape[0]).contiguous()[None, :]
+        a_scale, b_scale = _by_row(a_scale, a).unsqueeze(1), _by_row(b_scale, b).unsqueeze(0)
         made = _scaled_mm(a, a_scale, b, b_scale, torch.bfloat16, fast_accum)
     else:
         made = _scaled_mm(a, a_scale, b, b_scale.t(), torch.bfloat16, fast_accum)
-    return made[:, :N].to(out_dtype).contiguous()
+    if made.shape[1] != N:
+        made = made[:, :N].contiguous()
+    return made if made.dtype is out_dtype else made.to(out_dtype)
+
+
+def _by_row(scale: Tensor, values: Tensor) -> Tensor:
+    """A scale for each row; cuBLASLt takes none that are spread by a stride of 0."""
+    rows = values.shape[0]
+    return scale if scale.shape[0] == rows else scale.expand(rows).contiguous()
 
 
 def _suits_cublas(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> bool:

@@ -187,7 +187,7 @@ def _is_matrix(args):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [1, 15, 16, 1000, 1024])
-@pytest.mark.parametrize(("into", "of"), itertools.product(range(3), repeat=2))
+@pytest.mark.parametrize(("into", "of"), list(itertools.product(range(3), repeat=2)))
 def test_sizes_and_places_that_follow_each_other_are_each_right(n, into, of):
     x = torch.arange(1030, device="cuda", dtype=torch.bfloat16)
     for skip_x, skip_y, size in ((0, 0, 1024), (of, into, n), (into, of, n)):
