@@ -58,7 +58,7 @@ def launch(x: Tensor) -> Tensor:
 def _is_dense(x: Tensor) -> bool:
     """Whether each matrix of x[E, R, C] fills one stretch of memory, in whatever order."""
     stretches = x.stride(0) == x.shape[1] * x.shape[2] or x.shape[0] == 1
-    return stretches and torch.ops.aten.is_non_overlapping_and_dense(x)
+    return stretches and (x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x))
 
 
 op = define("amax_tensor(Tensor x) -> Tensor", outputs=outputs, reference=reference, launch=launch)
