@@ -6,12 +6,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from oracle import FFN, bf16, data
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from lpcompile import ops
+from lpcompile.backend import lowprec_eager
 from lpcompile.ops import blocks, device, fp8, launcher
 from lpcompile.ops.launcher import cached
 
@@ -218,3 +220,24 @@ def test_a_known_kernel_runs_on_the_current_stream_and_in_a_graph():
     x.fill_(3)
     graph.replay()
     assert torch.equal(y, torch.full_like(y, 12))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_tensorwise", "fp8_blockwise", "nvfp4"])
+def test_a_second_step_launches_nothing_through_triton(monkeypatch, recipe):
+    model, x = bf16(FFN(), "cuda"), data(32, 64, device="cuda")
+    model.compile(backend=lowprec_eager, options={"recipe": recipe, "rewrite": "all"})
+    through, run = [], JITFunction.run
+    for module in ops.ALL:
+        getattr(module.kernel, "_kept", {}).clear()
+
+    def watched(kernel, *args, **options):
+        through.append(kernel.fn.__module__)
+        return run(kernel, *args, **options)
+
+    monkeypatch.setattr(JITFunction, "run", watched)
+    model(x).sum().backward()
+    assert through
+    through.clear()
+    model(x).sum().backward()
+    assert through == []
