@@ -34,7 +34,7 @@ from lpcompile.ops import (
     quantize_fp8_tensor_t,
 )
 from lpcompile.ops.define import ALIGN, cdiv, define, next_power_of_2, same_bits
-from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, Form, parse_form
+from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, WHOLE, Form, parse_form
 from lpcompile.ops.launcher import cached
 from lpcompile.ops.quantize_fp8_block import BLOCK
 
@@ -144,11 +144,11 @@ def launch(
     whole = pointwise.arguments(named, inputs)
     for tile, mine in _kernels(parsed, COMPUTED if named.statements else SCALED):
         BM, BC, warps, columns, stages, align = tile
-        read = [e for i in mine if (e := encode[i]) is not None]
+        read = [t for i in mine if (t := encode[i]) is not None]
         written: list[Tensor] = []
         for i in mine:
             values, scales, *padded = made_of[i]
-            written += [values, *([scales] if parsed[i].kind in BLOCKS else []), *padded]
+            written += [values, *([scales] if parsed[i].kind != "row" else []), *padded]
         TP = next((made_of[i][0].shape[1] for i in mine if parsed[i].way != "n"), 0)
         sizes: list[Any] = [M, C, TP, align, columns, stages, BM, BC]
         tiles = cdiv(M, BM)
@@ -168,14 +168,21 @@ def launch(
 def _scales(
     forms: list[str], amaxes: list[Tensor], made_of: list[list[Tensor]]
 ) -> list[Tensor | None]:
-    """Encode scales of every form that is not of blocks; writes its decode scales."""
+    """What a form's kernel reads of its amax: encode scales of rows, whose decode scales are
+    written here; of one scale the amax itself; of blocks nothing.
+    """
     encode: list[Tensor | None] = [None] * len(forms)
-    given, arguments, size = iter(amaxes), [], 0
-    mine = [i for i, form in enumerate(forms) if parse_form(form).kind not in BLOCKS]
-    for i, amax in zip(mine, given, strict=True):
+    given, arguments, size, mine = iter(amaxes), [], 0, []
+    for i, form in enumerate(map(parse_form, forms)):
+        if form.kind in BLOCKS:
+            continue
+        encode[i] = amax = next(given)
+        if form.kind in WHOLE:
+            continue
         encode[i] = e = torch.empty_like(made_of[i][1])
         arguments += [amax.contiguous(), e, made_of[i][1], amax.numel()]
         size = max(size, amax.numel())
+        mine.append(i)
     if mine:
         grid = (cdiv(size, SCALES), len(mine))
         scales_kernel(tuple(forms[i] for i in mine))[grid](*arguments, SCALES, num_warps=4)

@@ -2,19 +2,20 @@
 
 Copies of x.T are made four rows at a time, as words of four bytes: two conversions a word, and a
 transpose of words, where bytes cost a shared-memory instruction each. What every row or column of a
-tile would compute of its amax is computed once, by the kernel of the scales.
+tile would compute of its amax is computed once, by the kernel of the scales; one scale of a tensor
+every program computes for itself, which spares that kernel where there is no other.
 """
 
 from dataclasses import dataclass
 
 from lpcompile.ops import fp8, pointwise, tile_source
-from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, Form, is_grouped, parse_form
+from lpcompile.ops.fused_source import BLOCKS, ELEMENTS, WHOLE, Form, is_grouped, parse_form
 
 
 def scales_source(forms: tuple[str, ...]) -> str:
     """A module with a ``kernel``: of each form's amax the encode scales e and decode scales s.
 
-    No form of blocks, which have theirs in the tile.
+    Forms of rows alone: the others have theirs in the tile, or one.
     """
     body = ["i = tl.program_id(0) * B + tl.arange(0, B)"]
     for i, form in enumerate(map(parse_form, forms)):
@@ -53,13 +54,15 @@ def cast_source(program: str, forms: tuple[str, ...], even: bool) -> str:
             tile += _cast(_Piece(i, form, j, parts, rows, even))
     body = [
         *_place(parsed, rows, grouped),
+        *(line for i, form in enumerate(parsed) if form.kind in WHOLE for line in _one(i, form)),
         "begin_of_columns = tl.program_id(0) * COLUMNS",
         "end_of_columns = tl.minimum(begin_of_columns + COLUMNS, C)",
         "for start in tl.range(begin_of_columns, end_of_columns, BC, num_stages=STAGES):",
         *(f"    {line}" for line in tile),
     ]
     pointers = tile_source.pointers(named)
-    pointers += [f"e{i}_ptr" for i, form in enumerate(parsed) if form.kind not in BLOCKS]
+    of_kind = {"row": "e", **dict.fromkeys(WHOLE, "a")}
+    pointers += [f"{of_kind[f.kind]}{i}_ptr" for i, f in enumerate(parsed) if f.kind in of_kind]
     for i, form in enumerate(parsed):
         pointers += [f"q{i}_ptr", *_more_pointers(i, form)]
     sizes = [
@@ -75,7 +78,16 @@ def cast_source(program: str, forms: tuple[str, ...], even: bool) -> str:
 
 def _more_pointers(i: int, form: Form) -> list[str]:
     """What a form's kernel writes beside values."""
-    return [f"s{i}_ptr"] * (form.kind in BLOCKS) + [f"p{i}_ptr"] * (form.way == "g")
+    return [f"s{i}_ptr"] * (form.kind != "row") + [f"p{i}_ptr"] * (form.way == "g")
+
+
+def _one(i: int, form: Form) -> list[str]:
+    """Lines that make the one encode scale of form i of its amax, and store the decode scale."""
+    return [
+        f"e{i} = fp8.encode(tl.load(a{i}_ptr), {fp8.MAX[ELEMENTS[form.element]]}, {form.pow2})",
+        "if (tl.program_id(1) == 0) & (tl.program_id(0) == 0):",
+        f"    tl.store(s{i}_ptr, fp8.decode(e{i}))",
+    ]
 
 
 def _place(forms: list[Form], rows: int, grouped: bool) -> list[str]:
@@ -175,8 +187,8 @@ def _scale(piece: _Piece) -> list[str]:
     form, i, u = piece.form, piece.i, f"{piece.i}_{piece.j}"
     if form.kind in BLOCKS:
         return _block_scale(piece)
-    if form.kind in ("tensor", "tokens"):
-        return [f"e{u} = tl.load(e{i}_ptr)"]
+    if form.kind in WHOLE:
+        return [f"e{u} = e{i}"]
     if form.way == "n":
         return []
     at, live = piece.column, [] if piece.even else ["(c < C)"]

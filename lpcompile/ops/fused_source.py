@@ -16,6 +16,7 @@ from lpcompile.ops import fp8, pointwise, tile_source
 ELEMENTS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 NAMES = {element: name for name, element in ELEMENTS.items()}
 BLOCKS = ("block", "square")
+WHOLE = ("tensor", "tokens")  # kinds of one scale
 
 
 @dataclass(frozen=True)
