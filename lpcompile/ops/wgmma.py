@@ -19,7 +19,6 @@ hold one accumulator of 64x256 and no second, so that this goes in halves of 64x
 What was measured against CUTLASS and cuBLASLt is in docs/benchmarks.md.
 """
 
-from functools import cache
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -40,6 +39,8 @@ from lpcompile.ops.wgmma_store import scales_of, store
 
 NONE, ROWS, COLUMNS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # what groups lie along
 LINE = 128  # bytes of a row in a tile: the widest that shared memory swizzles
+LAYOUTS = {n: gl.NVMMASharedLayout(LINE, 8 * n, rank=2) for n in (1, 2)}  # of n bytes an element
+SCALES = gl.NVMMASharedLayout(0, 32, rank=1)  # of a line of them; to make a layout takes 2 us
 FIRST, SECOND = gl.constexpr(0), gl.constexpr(1)  # warpgroups
 STRIP = gl.constexpr(8)  # tiles down before the next column, so that L2 holds what they share
 
@@ -377,11 +378,10 @@ def fill(
     b_scale_desc = None
     if blocked and not square:
         flat = b_scale.mT.reshape(-1)
-        b_scale_desc = TensorDescriptor(flat, [flat.numel()], [1], [BN], _layout(0, 4))
+        b_scale_desc = TensorDescriptor(flat, [flat.numel()], [1], [BN], SCALES)
     of_a = grouped_gemm.strides(a_scale, a, groups == 2)
     of_b = grouped_gemm.strides(b_scale, b, groups == 2)
-    processors = device.processors(a)
-    kernel[(processors,)](
+    kernel[(device.processors(a),)](
         _tiles(a, BM), _tiles(b, BN), b_scale_desc, a_scale, b_scale, offs, out,
         addend, 1 if offs is None else offs.shape[0], M, N, K, *of_a, *of_b,
         groups, fast_accum and not blocked, blocked, square, *turned,
@@ -397,11 +397,4 @@ def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
     if x.stride(-1) != 1:
         x, shape = x.mT, shape[::-1]
     flat = x.flatten(0, -2)
-    return TensorDescriptor(flat, list(flat.shape), [flat.stride(0), 1], shape, _layout(LINE, size))
-
-
-@cache
-def _layout(line: int, size: int) -> gl.NVMMASharedLayout:
-    """Of tiles in shared memory: swizzled lines of so many bytes, elements of ``size`` bytes."""
-    rank = 2 if line else 1
-    return gl.NVMMASharedLayout(swizzle_byte_width=line, element_bitwidth=8 * size, rank=rank)
+    return TensorDescriptor(flat, list(flat.shape), [flat.stride(0), 1], shape, LAYOUTS[size])
