@@ -19,7 +19,6 @@ hold one accumulator of 64x256 and no second, so that this goes in halves of 64x
 What was measured against CUTLASS and cuBLASLt is in docs/benchmarks.md.
 """
 
-
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
