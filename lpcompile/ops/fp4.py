@@ -159,27 +159,6 @@ def code_above(v, word, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
-def tile_rounded(v, index, seed, draw, STOCHASTIC: tl.constexpr):
-    """v[...] fp32 -> what its code stands for, fp32; rounded as ``code_above`` does it.
-
-    index[...]: the logical element of each, uint32 or int64.
-    """
-    a = tl.minimum(tl.abs(v), 6.0)
-    power = tl.maximum(a.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
-    if STOCHASTIC:
-        fine = (254 << 23) - power + (25 << 23)
-        steps = tl.ceil(a * fine.to(tl.float32, bitcast=True)).to(tl.int32)
-        word = tile_words(seed, draw, index)
-        code = steps + 0xFFFFFF - (word >> 8).to(tl.int32) >> 24
-        made = code.to(tl.float32) * (power - (1 << 23)).to(tl.float32, bitcast=True)
-    else:
-        above = power.to(tl.float32, bitcast=True) * 4194304.0
-        made = (a + above) - above
-    sign = v.to(tl.uint32, bitcast=True) & 0x80000000
-    return (made.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def tile_packed(v, index, seed, draw, STOCHASTIC: tl.constexpr, NATIVE: tl.constexpr):
     """v[BR, BC] fp32 -> ``pack`` of its codes, [BR, BC / 8] int32 of eight codes each.
 

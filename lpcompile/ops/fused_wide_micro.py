@@ -24,10 +24,12 @@ from torch._inductor.codecache import PyCodeCache
 from lpcompile.ops import (
     amax_group,
     amax_tensor,
+    blocks,
     dequantize,
     fp8,
     fused_amax,
     fused_amax_micro,
+    group_tile,
     groups,
     hadamard,
     pointwise,
@@ -46,20 +48,27 @@ COLUMNS = 32  # what an operand's contraction is padded to
 
 
 class Tile(NamedTuple):
-    """What one program makes, and by how many warps, going ``columns`` to the right."""
+    """What a program makes at a time, by how many warps, going ``columns`` to the right.
+
+    stages: tiles that it reads ahead. registers: of a thread, at most.
+    """
 
     BM: int  # a multiple of 32 that divides groups.ALIGN
     BC: int
     warps: int
     columns: int
+    stages: int = 1
+    registers: int | None = None
 
 
-# MXFP8 along rows; along columns too, whose blocks few warps are to hold. NVFP4, by rounding, after
-# the transform or not.
-ROWS, COLUMNS_TOO = Tile(64, 128, 8, 128), Tile(32, 128, 2, 128)
-NEAREST, DRAWN = Tile(64, 64, 4, 64), Tile(32, 64, 2, 64)
-NEAREST_RUNS, DRAWN_RUNS = Tile(32, 64, 1, 64), Tile(32, 64, 1, 64)
-IN_GROUPS = 256  # columns, where a program finds the group of its rows first
+# MXFP8: along rows; along columns too, of a tensor in memory, of a producer, of either in groups.
+ROWS, STORED = Tile(32, 128, 4, 128), Tile(32, 64, 2, 64)
+MADE, MADE_IN_GROUPS = Tile(32, 64, 2, 256, 2), Tile(32, 64, 2, 256, 3)
+# NVFP4: random words take so much code that few elements to a thread, again and again, are fastest.
+NEAREST, DRAWN = Tile(32, 128, 4, 128), Tile(32, 64, 8, 512)
+# After the transform a thread holds whole runs.
+RUNS = Tile(32, 64, 2, 64)
+NEAREST_IN_GROUPS, DRAWN_IN_GROUPS = Tile(32, 64, 1, 256, 2), Tile(32, 64, 2, 256, 1, 128)
 
 
 def outputs(
@@ -143,11 +152,19 @@ def _any_draw(form: Form) -> str:
     return form.how if form.draw is None else "draw0"
 
 
-def _tile(forms: list[Form]) -> Tile:
+def _tile(forms: list[Form], program: str) -> Tile:
+    """The measured tile of what one kernel makes."""
+    way, drawn = forms[0].way, forms[0].draw is not None
     if forms[0].size == 16:
-        runs, drawn = forms[0].way in wide_source.TRANSFORMED, forms[0].draw is not None
-        return ((NEAREST, DRAWN), (NEAREST_RUNS, DRAWN_RUNS))[runs][drawn]
-    return ROWS if all(form.way == "n" for form in forms) else COLUMNS_TOO
+        # All of 32 rows, that a tile in groups be padding throughout or nowhere.
+        if way == "gh":
+            return DRAWN_IN_GROUPS if drawn else NEAREST_IN_GROUPS
+        return RUNS if way == "h" else DRAWN if drawn else NEAREST
+    if all(form.way == "n" for form in forms):
+        return ROWS
+    if wide_source.is_grouped(forms):
+        return MADE_IN_GROUPS
+    return STORED if program == pointwise.IDENTITY else MADE
 
 
 def launch(
@@ -163,11 +180,12 @@ def launch(
         return reference(inputs, amaxes, seed, program, forms, offs)
     made, parsed = outputs(inputs, amaxes, seed, program, forms, offs), list(map(parse_form, forms))
     E, M, C = fp8.stack(full).shape
-    of_groups: list[Any] = []
-    TP = 0
+    TP, num_tiles, of_groups = 0, 0, list[Any]()
     if offs is not None:
         num_groups, TP = offs.shape[0], groups.padded_length(M, offs.shape[0], groups.ALIGN)
-        of_groups = [offs, made[-1], num_groups, TP, next_power_of_2(num_groups)]
+        # As many tiles as cut any groups, and the rest (see ``groups.locate``).
+        num_tiles = TP // groups.ALIGN + num_groups + 1
+        of_groups = [group_tile.located(offs, M, num_tiles, made[-1]), num_groups, TP]
     given = iter(amaxes)
     amax_of = [next(given).contiguous() if form.amax else None for form in parsed]
     index = "tl.uint32" if max(t.numel() for t in made) <= 2**32 else "tl.int64"
@@ -179,19 +197,19 @@ def launch(
             tensors += [parsed[i].draw] * (parsed[i].draw is not None)
         if any(parsed[i].draw is not None for i in mine):
             tensors.append(seed)
-        BM, BC, warps, columns = _tile([parsed[i] for i in mine])
-        rows, even = round_up(M, COLUMNS), M % BM == 0 and C % columns == 0
-        sizes: list[Any] = []
+        BM, BC, warps, columns, stages, registers = _tile([parsed[i] for i in mine], program)
+        # In groups the last columns alone need a mask, and rows that are read.
+        whole = C % BC == 0
+        even, rows, sizes = whole and M % BM == 0, round_up(M, COLUMNS), list[Any]()
         if wide_source.is_grouped([parsed[i] for i in mine]):
-            # As many tiles as cut any groups, and the rest (see ``groups.locate``).
-            rows = TP + (of_groups[2] + 1) * groups.ALIGN
-            columns, even, sizes = IN_GROUPS, False, of_groups
+            even, rows, sizes = False, num_tiles * groups.ALIGN, of_groups
         text = tuple(replace(parsed[i], how=_any_draw(parsed[i])).text for i in mine)
         run = kernel(program, text, even, index)
         # No multiply-add fusion: x * enc is rounded before anything is added to it.
         run[(cdiv(C, columns), cdiv(rows, BM), E)](
             *pointwise.arguments(pointwise.parse(program), inputs), *tensors, *sizes,
-            M, C, columns, BM, BC, False, even, num_warps=warps, enable_fp_fusion=False,
+            M, C, columns, stages, BM, BC, blocks.compares_pairs(full), whole if sizes else even,
+            num_warps=warps, maxnreg=registers, enable_fp_fusion=False,
         )  # fmt: skip
     return made
 
@@ -234,6 +252,12 @@ def samples(device: str) -> list[tuple[Any, ...]]:
             made.append((inputs, amaxes, seed, program, forms, ends))
     experts = torch.randn(3, 41, 83, device=device, dtype=torch.bfloat16)
     amax = amax_tensor.reference(experts)
+    every = torch.arange(2**16, device=device).to(torch.int16).view(torch.bfloat16).view(-1, 64)
+    forms = [f"0 {way} 1 {how} plain" for way in "nt" for how in ("rceil", "floor")]
+    made.append(([every], [], None, pointwise.IDENTITY, forms, None))
+    forms = [f"0 {way} 1 {how} plain" for way in "nt" for how in ("nearest", "draw1")]
+    known = [torch.tensor([2688.0], device=device)] * 4  # under which block scales are amax / 6
+    made.append(([every], known, seed, pointwise.IDENTITY, forms, None))
     for form in ("0 n 1 rceil plain", "0 t 32 floor plain", "0 t 16 nearest plain"):
         given = [amax] if parse_form(form).amax else []
         made.append(([experts], given, None, pointwise.IDENTITY, [form], None))

@@ -1,14 +1,16 @@
-"""Runs of the tokens of ragged groups in registers: what kernels share that work along tokens.
+"""Tiles of ragged groups: where they lie, and runs of their tokens in registers.
 
 The rows of a tile are a tuple, as in ``turned``: rows[k][BN, BC] holds token k of BN runs, in BC
 channels that lie side by side in x. A run is what one scale is for, or one Hadamard transform, so
 that no maximum and no sum crosses threads; only what has been narrowed is exchanged.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from lpcompile.ops import fp8
+from lpcompile.ops import fp8, groups
 
 
 @triton.jit
@@ -43,3 +45,34 @@ def amax(rows):
     for k in tl.static_range(1, len(rows)):
         best = fp8.larger(best, tl.abs(rows[k]))
     return best.to(tl.bfloat16).to(tl.float32)
+
+
+def located(offs: Tensor, M: int, num_tiles: int, padded: Tensor) -> Tensor:
+    """Where tiles of ``groups.ALIGN`` of M rows lie: [num_tiles, 8] int32, and ``padded`` ends.
+
+    group, its first row here, the row after its last, the tile's index in it, and where the group
+    begins in the padded layout; the rows past offs[-1] are a group after the last. A kernel whose
+    programs have a tile each would take as long to search as to round.
+    """
+    made = offs.new_empty((num_tiles, 8), dtype=torch.int32)
+    E = offs.shape[0]
+    locate[(num_tiles,)](
+        offs, made, padded, M, E, groups.ALIGN, triton.next_power_of_2(E), num_warps=1
+    )
+    return made
+
+
+@triton.jit
+def locate(offs_ptr, made_ptr, padded_ptr, M: tl.int32, E, ALIGN: tl.constexpr, EP: tl.constexpr):
+    tile = tl.program_id(0)
+    starts, ends = groups.load(offs_ptr, E, EP)
+    group, first, last, index, begin = groups.locate(tile, starts, ends, ALIGN, ALIGN, EP)
+    first, last = groups.rest(group, first, last, ends, E, M)
+    if tile == 0:
+        groups.store_padded_ends(padded_ptr, starts, ends, E, ALIGN, EP)
+    made_ptr += tile * 8
+    tl.store(made_ptr, group)
+    tl.store(made_ptr + 1, first)
+    tl.store(made_ptr + 2, last)
+    tl.store(made_ptr + 3, index)
+    tl.store(made_ptr + 4, begin)

@@ -152,6 +152,11 @@ def _store(i: int, form: Form, tile: str, index: str) -> str:
     return f"micro_tile.store_nv({common}, a{i}_ptr, {seed}, {index}, {last})"
 
 
+def _result(name: str, even: bool) -> str:
+    """A result's tile in bf16, with zeros outside [M, C]: an input has them."""
+    return name if name[0] == "i" else f"pointwise.narrowed({tile_source.live(f'f_{name}', even)})"
+
+
 def _module(
     program: str,
     wanted: Sequence[str],
@@ -166,9 +171,9 @@ def _module(
     imports = "import triton\nimport triton.language as tl\n\n"
     imports += "from lpcompile.ops import fp8, groups, hadamard, micro_tile, pointwise"
     imports += ", turned, wide_tile"
-    tiles = (tile_source.live(f"f_{r}", even or not masked) for r in named.results)
-    results = "".join(f"({tile}).to(tl.bfloat16), " for tile in tiles)
-    tile = [*tile_source.tile(named, even, True), f"return ({results})"]
+    tile = tile_source.tile(named, even, rounded=False)
+    results = (_result(r, even or not masked) for r in named.results)
+    tile.append(f"return ({''.join(f'{r}, ' for r in results)})")
     head = ["@triton.jit", f"def produce({', '.join(tile_source.pointers(named))}, m, c, M, C):"]
     producer = "\n".join([*head, *(f"    {line}" for line in tile)])
     sizes = ["BM: tl.constexpr", "BC: tl.constexpr", "NATIVE: tl.constexpr", "EVEN: tl.constexpr"]

@@ -78,3 +78,19 @@ def decoding(byte):
     """``decode_scale``, in a kernel: byte int32."""
     scale = tl.where(byte == 0, 0x400000, byte << 23).to(tl.float32, bitcast=True)
     return tl.where(byte == 255, float("nan"), scale)
+
+
+@triton.jit
+def scales(amax, LIMIT: tl.constexpr, EXPONENT: tl.constexpr, FLOOR: tl.constexpr):
+    """``encoding`` and ``decoding`` of the byte of an amax, without it: in half the instructions.
+
+    Of an amax that is not finite the first alone is NaN.
+    """
+    if FLOOR:
+        bits = amax.to(tl.int32, bitcast=True)
+        field = tl.maximum((bits & 0x7F800000) - (EXPONENT << 23), 0)
+    else:
+        d = (amax * (1 / LIMIT)).to(tl.int32, bitcast=True)
+        field = tl.where(d > 0x400000, d + 0x7FFFFF, 0) & 0x7F800000
+    enc = (0x7F000000 - field).to(tl.float32, bitcast=True)
+    return tl.fma(amax, 0.0, enc), tl.maximum(field, 0x400000).to(tl.float32, bitcast=True)

@@ -50,23 +50,31 @@ def product(a, M: tl.constexpr):
 
 
 @triton.jit
-def tile_words(seed, draw, index):
-    """``words`` of a tile: seed int64, index[...] uint32, or int64 -> uint32."""
-    c0 = index.to(tl.uint32)
-    c1 = c0 * 0
+def tile_words(seed, draw, index, k: tl.constexpr = 0):
+    """``words`` of a tile: of elements index[...] + k, seed int64, index uint32 or int64 -> uint32.
+
+    What several k share of the first product is computed once: a uint32 index + k does not wrap.
+    """
     if index.dtype.primitive_bitwidth == 64:
-        c1 = (index >> 32).to(tl.uint32)
-    c2 = c0 * 0 + tl.cast(draw, tl.uint32)
-    c3 = c0 * 0
+        c0 = (index + k).to(tl.uint32)
+        c1 = ((index + k) >> 32).to(tl.uint32)
+        high0, low0 = product(c0, 0xD2511F53)
+    else:
+        c1 = index * 0
+        first = index.to(tl.uint64) * 0xD2511F53 + k * 0xD2511F53
+        high0 = (first >> 32).to(tl.uint32)
+        low0 = first.to(tl.uint32)
+    high1, low1 = product(c1 * 0 + tl.cast(draw, tl.uint32), 0xCD9E8D57)
+    c3 = c1 * 0
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(10):
-        high0, low0 = product(c0, 0xD2511F53)
-        high1, low1 = product(c2, 0xCD9E8D57)
+    for _ in tl.static_range(9):
         c0 = high1 ^ c1 ^ k0
         c2 = high0 ^ c3 ^ k1
         c1 = low1
         c3 = low0
+        high0, low0 = product(c0, 0xD2511F53)
+        high1, low1 = product(c2, 0xCD9E8D57)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
-    return c0
+    return high1 ^ c1 ^ k0

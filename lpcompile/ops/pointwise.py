@@ -241,3 +241,11 @@ def rounded(x):
         is_pure=True,
         pack=2,
     )
+
+
+@triton.jit
+def narrowed(x):
+    """An fp32 tile in bf16: two by one conversion, where ``to`` has a slow one for each."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+    )

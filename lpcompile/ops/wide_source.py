@@ -19,9 +19,12 @@ def is_grouped(forms: list[Form]) -> bool:
 def source(program: str, forms: tuple[str, ...], even: bool, index: str) -> str:
     """A module with the ``kernel`` of every form, tiles of BM rows and BC columns of the results.
 
-    It goes COLUMNS columns to the right, so that the group of its rows is found once.
+    It goes COLUMNS columns to the right.
     Of stochastic rounding it takes the draw, so that one kernel makes every draw.
-    even: M and C are multiples of a tile, and there are no groups, so that nothing is masked.
+    even: M and C are multiples of a tile, and there are no groups, so that nothing is masked. In
+        groups the kernel's EVEN is that C is one, and masks nothing that is padded along rows: of a
+        tile that has anything to do there, every row is.
+    NATIVE: with the instructions of Hopper.
     index: the Triton integer that holds the index of every element.
     """
     named, parsed = pointwise.parse(program), [parse_form(f) for f in forms]
@@ -33,14 +36,24 @@ def source(program: str, forms: tuple[str, ...], even: bool, index: str) -> str:
         pointers += [f"draw{i}"] * (form.draw is not None)
     if any(form.draw is not None for form in parsed):
         pointers.append("seed_ptr")
-    sizes = ["M", "C", "COLUMNS: tl.constexpr"]
+    sizes = ["M", "C", "COLUMNS: tl.constexpr", "STAGES: tl.constexpr"]
     if grouped:
-        sizes = ["offs_ptr", "padded_ptr", "E", "TP", "EP: tl.constexpr", *sizes]
+        sizes = ["place_ptr", "E", "TP", *sizes]
+    before = ["seed = tl.load(seed_ptr)"] * any(form.draw is not None for form in parsed)
+    for i, form in enumerate(parsed):
+        if form.amax:
+            amax = "group, mask=group < E, other=0.0" if form.way in GROUPED else "e"
+            before.append(f"amax{i} = tl.load(a{i}_ptr + {amax})")
     tile = ["c = start + tl.arange(0, BC)"]
     if any(form.way not in TRANSFORMED for form in parsed):
         tile.append(f"x = {_produce(named, 'm', 'last')}")
     for i, form in enumerate(parsed):
-        tile += _form(i, form, named, index)
+        tile += _form(i, form, named, index, grouped)
+    loop = [_LOOP, *(f"    {line}" for line in tile)]
+    if grouped and parsed[0].way in TRANSFORMED:
+        # Around the loop: inside, a thread would need half as many registers again.
+        padding = [_LOOP, "    c = start + tl.arange(0, BC)", f"    {_store(0, _ZEROS, 'g')}"]
+        loop = _unless_padding(loop, padding)
     body = [
         "e = tl.program_id(2).to(tl.int64)  # of a stack, the matrix",
         *bumps,
@@ -49,13 +62,15 @@ def source(program: str, forms: tuple[str, ...], even: bool, index: str) -> str:
         "begin_of_columns = tl.program_id(0) * COLUMNS",
         "end_of_columns = tl.minimum(begin_of_columns + COLUMNS, (C + 31) // 32 * 32)",
         *(_SKIP if grouped else []),
-        "for start in range(begin_of_columns, end_of_columns, BC):",
-        *(f"    {line}" for line in tile),
+        *before,
+        *loop,
     ]
     masked = not pointwise.keeps_zero(program)
     return micro_source._module(program, forms, named, [*pointers, *sizes], body, even, masked)
 
 
+_ZEROS = "tl.zeros([BM, BC], tl.float32)"
+_LOOP = "for start in tl.range(begin_of_columns, end_of_columns, BC, num_stages=STAGES):"
 # Rows m of the results, from ``top``, before ``last``; and rows ``to``, from ``to_top``, before
 # ``stop``, of what is padded along them.
 _ROWS = [
@@ -65,11 +80,9 @@ _ROWS = [
 ]
 _GROUPED_ROWS = [
     f"SUB: tl.constexpr = {groups.ALIGN} // BM  # tiles that cover a group's padding too",
-    "tile = tl.program_id(1) // SUB",
-    *(line.format(tile=groups.ALIGN, align=groups.ALIGN) for line in tile_source.LOCATE),
-    tile_source.REST,
-    "if (tl.program_id(1) == 0) & (tl.program_id(0) == 0):",
-    f"    groups.store_padded_ends(padded_ptr, starts, ends, E, {groups.ALIGN}, EP)",
+    "place_ptr += tl.program_id(1) // SUB * 8  # see group_tile.located",
+    "group, first, last = tl.load(place_ptr), tl.load(place_ptr + 1), tl.load(place_ptr + 2)",
+    "index, begin = tl.load(place_ptr + 3), tl.load(place_ptr + 4)",
     "index = index * SUB + tl.program_id(1) % SUB",
     "top, to_top = first + index * BM, begin + index * BM",
     "real = tl.where(group < E, last, 0)  # rows past the last group are zeros where it is padded",
@@ -94,15 +107,11 @@ _PLACE = {
 }
 
 
-def _form(i: int, form: Form, program: pointwise.Program, index: str) -> list[str]:
+def _form(i: int, form: Form, program: pointwise.Program, index: str, grouped: bool) -> list[str]:
     """Lines that make and store one copy."""
-    lines: list[str] = []
-    if form.amax:
-        amax = "group, mask=group < E, other=0.0" if form.way in GROUPED else "e"
-        lines.append(f"amax{i} = tl.load(a{i}_ptr + {amax})")
-    seed = "0, 0, False" if form.draw is None else f"tl.load(seed_ptr), draw{i}, True"
+    seed = "0, 0, False" if form.draw is None else f"seed, draw{i}, True"
     if form.way in TRANSFORMED:
-        return [*lines, *_transformed(i, form, program, index, seed)]
+        return _transformed(i, form, program, index, seed)
     blocks = f"{form.rows}, {form.size}" if form.way == "n" else f"{form.size}, {form.rows}"
     tile = f"x[{form.result}]"
     if form.size == 32:
@@ -112,19 +121,19 @@ def _form(i: int, form: Form, program: pointwise.Program, index: str) -> list[st
         r = "to[:, None]" if form.way == "g" else "m[:, None]"
         at = _INDEX[form.way].format(r=r, c="c[None, :]", index=index)
         made = f"wide_tile.nvfp4({tile}, amax{i}, {at}, {seed}, {blocks})"
-        if form.way == "g":
-            made = f"tl.where((to < full)[:, None], {made}, 0.0)"
-    store = f"wide_tile.store(w{i}_ptr, {{}}, {_PLACE[form.way]}, EVEN)"
-    if form.way == "g":
-        zeros = "tl.zeros([BM, BC], tl.float32)"
-        lines += [
-            "if group < E:",
-            f"    {store.format(made)}",
-            "else:",
-            f"    {store.format(zeros)}",
-        ]
-        return lines
-    return [*lines, store.format(made)]
+    even = "False" if grouped and form.way == "n" else "EVEN"
+    store = [_store(i, made, form.way, even)]
+    return _unless_padding(store, [_store(i, _ZEROS, "g")]) if form.way == "g" else store
+
+
+def _store(i: int, tile: str, way: str, even: str = "EVEN") -> str:
+    return f"wide_tile.store(w{i}_ptr, {tile}, {_PLACE[way]}, NATIVE, {even})"
+
+
+def _unless_padding(lines: list[str], zeros: list[str]) -> list[str]:
+    """The lines, but others where a tile is padding, whose scale may be NaN."""
+    real = ["if (group < E) & (to_top < full):", *(f"    {line}" for line in lines)]
+    return [*real, "else:", *(f"    {line}" for line in zeros)]
 
 
 def _transformed(
@@ -140,7 +149,7 @@ def _transformed(
         f"rows{i} = hadamard.transformed(rows{i}, {hadamard.SIGNS})",
         "to_run = to_top + tl.arange(0, BM // 16) * 16",
         f"wide_tile.store_transformed(w{i}_ptr + e * stop * C, rows{i}, amax{i}, {at}, {seed}, "
-        "to_run, full, stop, c, C, EVEN)",
+        "to_run, stop, c, C, NATIVE, EVEN)",
     ]
 
 

@@ -8,7 +8,8 @@ Arithmetic: ``lpcompile.ops.mx`` and ``lpcompile.ops.fp4``.
 import triton
 import triton.language as tl
 
-from lpcompile.ops import fp4, fp8, group_tile, mx, turned
+from lpcompile.ops import fp4, fp8, group_tile, mx, pointwise, turned
+from lpcompile.ops.philox import tile_words
 
 
 @triton.jit
@@ -40,10 +41,42 @@ def mxfp8(
     DOWN: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """x[BR, BC] bf16, of e4m3 under e8m0 scales -> fp32."""
-    byte = mx.encode(amax(x, DOWN, ACROSS), LIMIT, EXPONENT, FLOOR, False)
-    scaled = times(x.to(tl.float32), mx.encoding(byte), DOWN, ACROSS)
-    narrow = fp8.narrow(scaled, tl.float8e4nv).to(tl.float32)
-    return times(narrow, mx.decoding(byte), DOWN, ACROSS)
+    enc, dec = mx.scales(amax(x, DOWN, ACROSS), LIMIT, EXPONENT, FLOOR)
+    narrow = fp8.narrow(times(x.to(tl.float32), enc, DOWN, ACROSS), tl.float8e4nv)
+    return times(narrow.to(tl.float32), dec, DOWN, ACROSS)
+
+
+@triton.jit
+def up(a, b, c):
+    """a * b + c of fp32 tiles, rounded up."""
+    return tl.inline_asm_elementwise(
+        "fma.rp.f32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c],
+        dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def rounded(v, index, k: tl.constexpr, seed, draw, STOCHASTIC: tl.constexpr):
+    """v[...] fp32 -> what its e2m1 code stands for, fp32.
+
+    index[...] + k: the logical element of each, uint32 or int64.
+
+    Grid points are p / 2 apart, p the power of two at or below |v|, at least 1: a number below
+    2^22 p is rounded to them as 1.5 * 2^22 p is added. Stochastically, |v| - u * p / 2 is rounded
+    up to one: first to an fp32, which passes no grid point for they are fp32 too, then to that.
+    The minimum drops NaN, and so makes it 6.
+    """
+    a = tl.minimum(tl.abs(v), 6.0)
+    power = tl.maximum(a.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
+    power = power.to(tl.float32, bitcast=True)
+    if STOCHASTIC:
+        u = (tile_words(seed, draw, index, k) >> 8).to(tl.float32)
+        above = up(power, 6291456.0, up(u, power * -(2.0**-25), a))
+    else:
+        above = tl.fma(power, 6291456.0, a)
+    made = tl.fma(power, -6291456.0, above)
+    sign = v.to(tl.uint32, bitcast=True) & 0x80000000
+    return (made.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -58,39 +91,45 @@ def nvfp4(
     tensor = fp4.tile_tensor_scale(tensor_amax)
     s = fp4.tile_block_scale(amax(x, DOWN, ACROSS), tensor)
     v = times(x.to(tl.float32), fp4.tile_encode_scale(s, tensor), DOWN, ACROSS)
-    rounded = fp4.tile_rounded(v, index, seed, draw, STOCHASTIC)
-    return times(rounded, s.to(tl.float32), DOWN, ACROSS)
+    return times(rounded(v, index, 0, seed, draw, STOCHASTIC), s.to(tl.float32), DOWN, ACROSS)
 
 
 @triton.jit
 def store_transformed(
-    ptr, rows, tensor_amax, index, seed, draw, STOCHASTIC: tl.constexpr, m, full, stop, c, C,
-    EVEN: tl.constexpr,
+    ptr, rows, tensor_amax, index, seed, draw, STOCHASTIC: tl.constexpr, m, stop, c, C,
+    NATIVE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """``nvfp4`` of runs of 16 rows that are a tuple rows[k][BN, BC] fp32, stored.
 
     Row k of a run goes to row m[BN] + k, if that is before ``stop``; its index is ``index`` + k.
-    From ``full`` on it is zero, under a NaN scale too.
     """
     tensor = fp4.tile_tensor_scale(tensor_amax)
     s = fp4.tile_block_scale(group_tile.amax(rows), tensor)
     enc = fp4.tile_encode_scale(s, tensor)
     for k in tl.static_range(16):
-        v = rows[k].to(tl.bfloat16).to(tl.float32) * enc
-        rounded = fp4.tile_rounded(v, index + k, seed, draw, STOCHASTIC)
-        wide = rounded * s.to(tl.float32)
-        if not EVEN:
-            wide = tl.where((m + k < full)[:, None], wide, 0.0)
-        store(ptr, wide, m + k, m + k < stop, c, C, EVEN)
+        v = pointwise.rounded(rows[k]) * enc
+        wide = rounded(v, index, k, seed, draw, STOCHASTIC) * s.to(tl.float32)
+        store(ptr, wide, m + k, m + k < stop, c, C, NATIVE, EVEN)
 
 
 @triton.jit
-def store(ptr, x, m, here, c, C, EVEN: tl.constexpr):
+def store(ptr, x, m, here, c, C, NATIVE: tl.constexpr, EVEN: tl.constexpr):
     """x[BR, BC] fp32 as bf16, with the one NaN that torch writes, at rows m and columns c of C.
 
-    here: which rows there are. ptr: int16, of the bits.
+    here: which rows there are. ptr: int16, of the bits. NATIVE: two at a time, as Hopper can.
     """
-    bits = x.to(tl.bfloat16).to(tl.int16, bitcast=True)
-    bits = tl.where(x == x, bits, 0x7FC0)
+    if NATIVE:
+        # No number is above 0x7FC0 as a signed integer, and the conversion makes NaN 0x7FFF.
+        bits = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 both, nan;
+            cvt.rn.bf16x2.f32 both, $2, $1;
+            mov.b32 nan, 0x7FC07FC0;
+            min.s16x2 $0, both, nan;
+            }""",
+            "=r,r,r", [x], dtype=tl.int16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        bits = tl.where(x == x, x.to(tl.bfloat16).to(tl.int16, bitcast=True), 0x7FC0)
     at = m[:, None].to(tl.int64) * C + c[None, :]
     turned.write(ptr + at, bits, here[:, None] & (c < C)[None, :], EVEN)

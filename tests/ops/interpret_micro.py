@@ -21,6 +21,7 @@ from lpcompile.ops import (
     fused_amax_micro,
     hadamard,
     pointwise,
+    wide_tile,
 )
 from lpcompile.ops.pointwise import IDENTITY
 
@@ -31,6 +32,8 @@ BY_TORCH = {tl.float8e4nv: torch.float8_e4m3fn, tl.bfloat16: torch.bfloat16}
 def rounded_by_torch(x, input_dtype, output_dtype, rounding_mode):
     if (input_dtype, output_dtype) == (tl.bfloat16, tl.float32):
         return (x.astype(np.uint32) << 16).view(np.float32)
+    if (input_dtype, output_dtype) == (tl.float8e4nv, tl.float32):
+        return torch.from_numpy(x.copy()).view(torch.float8_e4m3fn).float().numpy()
     if output_dtype not in BY_TORCH or input_dtype != tl.float32:
         return convert(x, input_dtype, output_dtype, rounding_mode)
     wide = torch.from_numpy(np.ascontiguousarray(x).view(np.float32))
@@ -47,7 +50,21 @@ def rounded(x):
     return x.to(tl.bfloat16).to(tl.float32)
 
 
-pointwise.rounded = rounded
+@triton.jit
+def narrowed(x):
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
+def up(a, b, c):
+    exact = a.to(tl.float64) * b + c
+    near = exact.to(tl.float32)
+    bits = near.to(tl.int32, bitcast=True)
+    above = tl.where(near > 0, bits + 1, tl.where(near < 0, bits - 1, 1))
+    return tl.where(near < exact, above.to(tl.float32, bitcast=True), near)
+
+
+pointwise.rounded, pointwise.narrowed, wide_tile.up = rounded, narrowed, up
 TIES = ops.quantize_nvfp4_grouped_t.samples("cpu")[:2]
 
 
@@ -94,6 +111,9 @@ def wide():
     for inputs, program in ops.fused_wide_micro.biased("cpu"):
         args = (inputs, [], None, program, ["0 n 1 rceil plain", "0 t 1 rceil plain"])
         yield ops.fused_wide_micro, args
+    every = torch.arange(2**16).to(torch.int16).view(torch.bfloat16).view(-1, 64)
+    forms = [f"0 {way} 1 {how} plain" for way in "nt" for how in ("rceil", "floor")]
+    yield ops.fused_wide_micro, ([every], [], None, IDENTITY, forms, None)
     each = [amax_tensor.reference(experts)]
     args = ([experts], each, None, IDENTITY, ["0 t 16 nearest plain"])
     yield ops.fused_wide_micro, args
@@ -102,7 +122,7 @@ def wide():
 def main():
     interpreter._convert_float = rounded_by_torch
     fp8.runs_triton = lambda x: True
-    blocks.runs_native = lambda x: False
+    blocks.runs_native = blocks.compares_pairs = lambda x: False
     small = [s for s in fused_amax.programs("cpu") if s[0][0].numel() < 30_000]
     fused_amax.programs = lambda device: small
     count = 0

@@ -32,7 +32,7 @@ FORMS = {
     "nv square t": (("0 t 16 nearest swizzled",), "cvt.rn.satfinite.e2m1x2"),
 }
 TYPES = {"i": "*bf16", "a": "*fp32", "q": "*u8", "s": "*u8", "seed_ptr": "*i64"}
-TYPES |= {"w": "*i16", "offs_ptr": "*i32", "padded_ptr": "*i32"}
+TYPES |= {"w": "*i16", "place_ptr": "*i32"}
 
 
 def assembled(kernel, capability, tile, types=None, num_warps=4, **more):
@@ -90,14 +90,15 @@ def test_a_cast_assembles_for_hopper_and_blackwell_with_its_conversions(name, ca
 )
 def test_wide_copies_assemble_for_hopper_and_no_maximum_leaves_its_warp(forms, program):
     parsed = [parse_form(f) for f in forms]
-    BM, BC, warps, columns = ops.fused_wide_micro._tile(parsed)
+    tile = ops.fused_wide_micro._tile(parsed, program)
     grouped = wide_source.is_grouped(parsed)
     kernel = ops.fused_wide_micro.kernel(program, forms, not grouped)
-    tile = (BM, BC, False, not grouped)
-    made = assembled(kernel, 90, tile, num_warps=warps, COLUMNS=columns, EP=64)
+    sizes = {"COLUMNS": tile.columns, "STAGES": tile.stages}
+    hopper = tile.BM, tile.BC, True, not grouped
+    made = assembled(kernel, 90, hopper, num_warps=tile.warps, **sizes)
     assert made.asm["cubin"][:4] == b"\x7fELF"
     assert ".local" not in made.asm["ptx"]
-    assert made.metadata.shared == 0 or warps > 1
+    assert made.metadata.shared == 0 or tile.warps > 1
 
 
 @pytest.mark.parametrize("wants", [("tensor0",), ("hadamard0",), ("tensor0", "hadamard0")])

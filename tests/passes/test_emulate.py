@@ -130,6 +130,15 @@ def test_each_tensor_of_swiglus_backward_is_made_from_its_inputs_both_ways(
     assert ways == sorted([(2, [along]), (2, both), (3, both)])
 
 
+@pytest.mark.parametrize("model", [FFN, Experts])
+def test_what_is_rounded_stochastically_is_in_memory(model, monkeypatch):
+    _, (_, backward), _ = step(RECIPES["nvfp4"], model, True, monkeypatch)
+    made = [n for n in backward if n.target is ops.fused_wide_micro.op]
+    drawn = [n for n in made if any("draw" in form for form in n.args[4])]
+    assert len(drawn) == 3  # dY, and the gradients of gate and up
+    assert {n.args[3] for n in drawn} == {pointwise.IDENTITY}
+
+
 def test_a_cpu_and_a_gpu_that_is_not_here_keep_scaled_products():
     assert not emulate.emulates(torch.empty(1))
     if not torch.cuda.is_available():
