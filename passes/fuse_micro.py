@@ -23,9 +23,9 @@ from torch import fx
 from torch._inductor.pattern_matcher import stable_topological_sort
 
 from lpcompile import ops
-from lpcompile.cones import RESHAPES, Cone
+from lpcompile.cones import Cone
 from lpcompile.fusion import Group, groups, is_whole, last, matrix, offsets, with_producers
-from lpcompile.graph import call, shape, value
+from lpcompile.graph import base, call, shape, value
 from lpcompile.ops.micro_source import E4M3, Form
 
 # quantize op -> of x or of x.T, rows that share a scale
@@ -94,7 +94,7 @@ def run(graph: fx.Graph) -> int:
     inner = {n for r in asked for n in (r.node, r.wide, r.transform, r.makes_amax and r.amax) if n}
     whole = {x: rs for x, rs in requests.items() if rs}
     # Random words bound what rounds stochastically, and a producer would add to that.
-    drawn = {_base(x) for x, rs in whole.items() if any(r.wide and r.seed for r in rs)}
+    drawn = {base(x) for x, rs in whole.items() if any(r.wide and r.seed for r in rs)}
     for group in groups(whole, with_producers(graph, inner) - drawn):
         if len({r.seed for r in group.requests} - {None}) <= 1 and _pays(group):
             _replace(graph, group)
@@ -102,13 +102,6 @@ def run(graph: fx.Graph) -> int:
     if count:
         stable_topological_sort(graph)
     return count
-
-
-def _base(x: fx.Node) -> fx.Node:
-    """What x is another shape of."""
-    while x.target in RESHAPES:
-        x = x.all_input_nodes[0]
-    return x
 
 
 def _is_stack(request: Request) -> bool:
