@@ -39,7 +39,7 @@ from lpcompile.ops import (
     quantize_nvfp4_grouped_t,
     wide_source,
 )
-from lpcompile.ops.define import cdiv, define, next_power_of_2, round_up, same_bits
+from lpcompile.ops.define import cdiv, define, round_up, same_bits
 from lpcompile.ops.launcher import cached
 from lpcompile.ops.micro_source import E4M3, Form, parse_form
 from lpcompile.ops.philox import words

@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import fp8, groups
+from lpcompile.ops.define import next_power_of_2
+from lpcompile.ops.launcher import cached
 
 
 @triton.jit
@@ -56,12 +58,11 @@ def located(offs: Tensor, M: int, num_tiles: int, padded: Tensor) -> Tensor:
     """
     made = offs.new_empty((num_tiles, 8), dtype=torch.int32)
     E = offs.shape[0]
-    locate[(num_tiles,)](
-        offs, made, padded, M, E, groups.ALIGN, triton.next_power_of_2(E), num_warps=1
-    )
+    locate[(num_tiles,)](offs, made, padded, M, E, groups.ALIGN, next_power_of_2(E), num_warps=1)
     return made
 
 
+@cached
 @triton.jit
 def locate(offs_ptr, made_ptr, padded_ptr, M: tl.int32, E, ALIGN: tl.constexpr, EP: tl.constexpr):
     tile = tl.program_id(0)
