@@ -54,7 +54,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "--experts", nargs="*", default=[], choices=list(EXPERTS), help="and grouped GEMMs of these"
     )
     command = _command(commands, "kernels", "every quantize and amax kernel", _kernels)
-    command.add_argument("--no-fused", action="store_true", help="not what is fused of layers")
+    what, parts = "ops on their own, and what is fused of layers under --recipes", kernels.PARTS
+    command.add_argument("--parts", nargs="+", choices=parts, default=parts, help=what)
+    _add_recipes(command, kernels.RECIPES)
     every = list(dict.fromkeys([*LLAMAS, *MOES, *EXPERTS]))
     command = _command(commands, "profile", "one layer's kernels in order", _profile, every)
     _add_variants(command)
@@ -206,8 +208,8 @@ def _gemm(args: argparse.Namespace, device: torch.device) -> list[Result]:
 
 def _kernels(args: argparse.Namespace, device: torch.device) -> list[Result]:
     result = _result("kernels: share of copy bandwidth", device)
-    fused = not args.no_fused
-    rows, copy = kernels.measure(_models(args), device, args.repeats, fused=fused)
+    alone, recipes = "ops" in args.parts, args.recipes if "fused" in args.parts else ()
+    rows, copy = kernels.measure(_models(args), device, args.repeats, alone=alone, recipes=recipes)
     result.rows = rows
     result.notes.append(f"A large copy moves {copy / 1e12:.3f} TB/s, read and written counted.")
     return [result]

@@ -213,25 +213,31 @@ def shapes(model: Llama) -> list[Shape]:
     return made + [Shape(name, n, k) for (n, k), name in weights.items()]
 
 
+PARTS = ("ops", "fused")
 RECIPES = ("fp8_rowwise", "fp8_tensorwise", "fp8_blockwise", "mxfp8", "nvfp4")
 
 
 def measure(
-    models: Sequence[Llama], device: torch.device, repeats: int, *, fused: bool
+    models: Sequence[Llama],
+    device: torch.device,
+    repeats: int,
+    *,
+    alone: bool,
+    recipes: Sequence[str],
 ) -> tuple[list[Row], float]:
     """One row a call, and the bytes/s of a copy. The calls of one shape or layer are interleaved.
 
-    fused: also what the passes make of each model's FFN and of experts.
+    alone: every op on its own. recipes: also what the passes make, under these, of each model's FFN
+    and of experts.
     """
     copy = copy_bandwidth(device, repeats, 2**30 if device.type == "cuda" else 2**22)
     rows: list[Row] = []
-    for model in models:
-        for shape in shapes(model):
-            rows += _rows(f"{model.name} {shape.what}", _calls(shape, device), repeats, copy)
-    for shape in OF_EXPERTS if device.type == "cuda" else ():
-        rows += _rows(shape.what, _calls(shape, device), repeats, copy)
-    for layer in _layers(models, device) if fused else ():
-        for recipe in RECIPES:
+    of = [(f"{model.name} {shape.what}", shape) for model in models for shape in shapes(model)]
+    of += [(shape.what, shape) for shape in OF_EXPERTS if device.type == "cuda"]
+    for name, shape in of if alone else ():
+        rows += _rows(name, _calls(shape, device), repeats, copy)
+    for layer in _layers(models, device) if recipes else ():
+        for recipe in recipes:
             calls = fused_ops.calls(layer, recipe, device)
             rows += _rows(f"{layer.model}, {recipe}", calls, repeats, copy)
     order = {name: i for i, name in enumerate(dict.fromkeys(row["kernel"] for row in rows))}

@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import amax_column_grouped, amax_tensor, fp8, group_tile, groups, hadamard
+from lpcompile.ops import (
+    amax_column_grouped,
+    amax_tensor,
+    fp8,
+    group_tile,
+    groups,
+    hadamard,
+    micro_tile,
+)
 from lpcompile.ops.define import cdiv, define, next_power_of_2, same_bits
 from lpcompile.ops.launcher import cached
 
@@ -58,10 +66,12 @@ def kernel(
                 rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 16, whole)
             else:  # masks are no more than what two ways to load cost its registers
                 rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 16, False)
-                rows = hadamard.transformed(rows, SIGNS)
-            best = fp8.larger(best, group_tile.amax(rows))
-        amax = fp8.bits_of_amax(tl.reduce(tl.reduce(best, 0, fp8.larger), 0, fp8.larger))
-        tl.atomic_max(amax_ptr + group, amax, sem="relaxed")
+                rows = hadamard.summed(rows, SIGNS)
+            best = micro_tile.largest(rows, best)
+        amax = tl.reduce(tl.reduce(best, 0, fp8.larger), 0, fp8.larger)
+        if SIGNS is not None:
+            amax *= 0.25  # and rounded once: both keep order
+        tl.atomic_max(amax_ptr + group, fp8.bits_of_amax(amax), sem="relaxed")
 
 
 def launch(x: Tensor, offs: Tensor, signs: int | None) -> Tensor:

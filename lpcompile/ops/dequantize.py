@@ -161,12 +161,17 @@ def kernel(
         tl.store(x_ptr + at, tl.reshape(four, (BN * 4,)), mask=(r < R) & (word < K // 2))
 
 
+WIDE = 4096  # elements of a row that a program takes, where there are as many
+
+
 def fill(values: Tensor, scales: Tensor, x: Tensor) -> Tensor:
     """Run the kernel into x[..., R, K], whose matrices follow each other."""
     K = x.shape[-1]
+    if scales.dim() > 1 and x.numel() % WIDE == 0:
+        K = WIDE  # rows follow each other, and so do their scales
     R = x.numel() // K
     codes = values.view(torch.int32 if is_fp4(values) else torch.int64)
-    BN = 512 if K % 4096 == 0 else 256
+    BN = 512 if K % WIDE == 0 else 256
     repeats = 2
     kernel[(cdiv(R, repeats), cdiv(K, BN * 8))](
         codes, scales, x.view(torch.int32), R, K,

@@ -101,121 +101,56 @@ def tile_tensor_scale(amax):
 
 
 @triton.jit
+def to_grid(v, least: tl.constexpr, middle: tl.constexpr):
+    """v fp32 to the next point of a grid, ties to even; a zero's sign is lost.
+
+    With 2^e the power of two at or below |v|, at least that of the bits ``least``, points are
+    2^(e - m) apart, which is what adding ``middle`` * 2^e rounds to, 1.5 * 2^(23 - m) * 2^e.
+    """
+    power = tl.maximum(v.to(tl.int32, bitcast=True) & 0x7F800000, least)
+    power = power.to(tl.float32, bitcast=True)
+    return tl.fma(power, -middle, tl.fma(power, middle, v))
+
+
+@triton.jit
 def tile_block_scale(amax, tensor):
-    """``block_scale``, in a kernel."""
-    scale = tl.minimum(amax * (tensor * (1 / 6)), 448.0)
+    """``block_scale``, in a kernel, as fp32.
+
+    Rounded to e4m3 without its conversions: of one to e4m3 and back ptxas 12.8, which Triton 3.6
+    has for sm_90, may put the second before the first.
+    """
+    scale = to_grid(tl.minimum(amax * (tensor * (1 / 6)), 448.0), 0x3C800000, 1572864.0)
     known = tensor.to(tl.int32, bitcast=True) < 0x7F800000
     finite = (amax.to(tl.int32, bitcast=True) < 0x7F800000) & known
-    return tl.where(finite, scale, float("nan")).to(tl.float8e4nv)
+    return tl.where(finite, scale, float("nan"))
+
+
+@triton.jit
+def reciprocal(v):
+    """1 / v as ``tl.div_rn`` rounds it, of a v between 2^-100 and 2^100; NaN of zero.
+
+    What IEEE division does of such operands, without the test and the call for others, before
+    which everything would have to be in registers.
+    """
+    r = tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
+    )
+    less = v * -1.0  # not -v, which is 0 - v, an instruction
+    r = tl.fma(r, tl.fma(less, r, 1.0), r)
+    return tl.fma(r, tl.fma(less, r, 1.0), r)
 
 
 @triton.jit
 def tile_encode_scale(s, tensor):
-    """``encode_scale``, in a kernel; a NaN scale stays NaN."""
-    wide = s.to(tl.float32)
-    enc = tl.minimum(tl.div_rn(1.0, wide * tl.div_rn(1.0, tensor)), 3.4028234663852886e38)
-    return tl.where(wide == wide, enc, float("nan"))
+    """``encode_scale``, in a kernel, of s fp32; a NaN scale stays NaN.
 
-
-@triton.jit
-def halves(v):
-    """A tuple of tiles [..., 2] -> one twice as long: their even elements, then their odd ones."""
-    even = ()
-    odd = ()
-    for k in tl.static_range(len(v)):
-        a, b = tl.split(v[k])
-        even = even + (a,)  # type: ignore[assignment]
-        odd = odd + (b,)  # type: ignore[assignment]
-    return even + odd
-
-
-@triton.jit
-def eighths(x):
-    """x[BR, BC] -> a tuple of 8 tiles [BR, BC / 8], the k-th of elements 8 i + k."""
-    BR: tl.constexpr = x.shape[0]
-    N: tl.constexpr = x.shape[1] // 8
-    return halves(halves(halves((tl.reshape(x, (BR, N, 2, 2, 2)),))))
-
-
-@triton.jit
-def code_above(v, word, STOCHASTIC: tl.constexpr):
-    """The code of |v| fp32, plus ABOVE, as uint32.
-
-    With 2^e the power of two at or below |v|, at least 1, grid points are 2^(e - 1) apart, and the
-    code is |v| in such steps, plus 2e. Nearest: adding 2^(e + 22) rounds to that step, in the
-    addition's own rounding. Stochastic: in 2^-24 of a step, rounded up, which decides as the exact
-    fraction does. The minimum drops NaN, and so makes it 6.
+    By a power of two, exact, what is divided by comes to between 2^-9 and 2^10.
     """
-    a = tl.minimum(tl.abs(v), 6.0)
-    power = tl.maximum(a.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
-    if STOCHASTIC:
-        fine = (254 << 23) - power + (25 << 23)
-        steps = tl.ceil(a * fine.to(tl.float32, bitcast=True)).to(tl.int32)
-        code = (steps + 0xFFFFFF - (word >> 8).to(tl.int32) >> 24) + (power >> 22)
-    else:
-        rounded = tl.fma(power.to(tl.float32, bitcast=True), 4194304.0, a)
-        code = rounded.to(tl.int32, bitcast=True) + ((power >> 22) - power)
-    return code.to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def tile_packed(v, index, seed, draw, STOCHASTIC: tl.constexpr, NATIVE: tl.constexpr):
-    """v[BR, BC] fp32 -> ``pack`` of its codes, [BR, BC / 8] int32 of eight codes each.
-
-    index[BR, BC / 8], uint32 or int64: the logical element that is the first of each word.
-    """
-    v = eighths(v)
-    if NATIVE:
-        return native_stochastic(v, index, seed, draw) if STOCHASTIC else native_nearest(v)
-    ABOVE: tl.constexpr = 254 if STOCHASTIC else 254 + (22 << 23)
-    packed = tl.zeros(v[0].shape, tl.uint32)
-    for i in tl.static_range(8):
-        # The sign last, where one instruction shifts it in.
-        sign = v[7 - i].to(tl.uint32, bitcast=True) >> 31
-        word = tile_words(seed, draw, index + (7 - i)) if STOCHASTIC else 0
-        packed = (packed << 4) + ((code_above(v[7 - i], word, STOCHASTIC) << 1) | sign)
-    # What is above each code, once for all eight; then each sign before its code.
-    packed -= ABOVE * 0x22222222 & 0xFFFFFFFF
-    packed = ((packed >> 1) & 0x77777777) | ((packed << 3) & 0x88888888)
-    return packed.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def native_nearest(v):
-    """``tile_packed`` of 8 tiles, rounded and packed by Blackwell's conversion."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b8 b<4>;
-        cvt.rn.satfinite.e2m1x2.f32 b0, $2, $1;
-        cvt.rn.satfinite.e2m1x2.f32 b1, $4, $3;
-        cvt.rn.satfinite.e2m1x2.f32 b2, $6, $5;
-        cvt.rn.satfinite.e2m1x2.f32 b3, $8, $7;
-        mov.b32 $0, {b0, b1, b2, b3};
-        }""",
-        "=r,f,f,f,f,f,f,f,f", [v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]],
-        dtype=tl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def native_stochastic(v, index, seed, draw):
-    """The same, stochastically.
-
-    One random word serves four elements, so the bits differ from ``stochastic``; the distribution
-    does not, but for the 8 random bits that an element gets.
-    """
-    low = tile_words(seed, draw, index)
-    high = tile_words(seed, draw, index + 4)
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b16 h<2>;
-        cvt.rs.satfinite.e2m1x4.f32 h0, {$4, $3, $2, $1}, $9;
-        cvt.rs.satfinite.e2m1x4.f32 h1, {$8, $7, $6, $5}, $10;
-        mov.b32 $0, {h0, h1};
-        }""",
-        "=r,f,f,f,f,f,f,f,f,r,r", [v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], low, high],
-        dtype=tl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
+    power = (tensor.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    # Of a zero scale it is NaN, which the minimum drops.
+    r = reciprocal(s * tl.div_rn(1.0, tensor) * power)
+    enc = tl.minimum(r * power, 3.4028234663852886e38)
+    return tl.where(s == s, enc, float("nan"))
 
 
 @triton.jit

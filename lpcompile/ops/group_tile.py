@@ -17,23 +17,23 @@ from lpcompile.ops.launcher import cached
 
 @triton.jit
 def load(x_ptr, first, last, c, C, stride_t, stride_c, SIZE: tl.constexpr, whole):
-    """Runs of SIZE tokens that begin at rows first[BN], channels c[BC] -> their rows, fp32.
+    """Runs of SIZE tokens that begin at rows first[BN], channels c[BC] -> their rows, bf16.
 
     Rows from ``last`` on are zeros. whole: there are none, and no channel from C on; masks would
     be a third of what the kernel of a tile issues.
     """
-    step = tl.cast(stride_t, tl.int64)
-    at = x_ptr + (first[:, None] * step + c[None, :].to(tl.int64) * stride_c)
+    at = x_ptr + (first[:, None].to(tl.int64) * stride_t + c[None, :].to(tl.int64) * stride_c)
     if whole:
         rows = ()
-        for k in tl.static_range(SIZE):
-            rows = rows + (tl.load(at + k * step).to(tl.float32),)  # type: ignore[assignment]
+        for _ in tl.static_range(SIZE):
+            rows = rows + (tl.load(at),)  # type: ignore[assignment]
+            at += stride_t
     else:
         rows = ()
         for k in tl.static_range(SIZE):
             live = (first + k < last)[:, None] & (c < C)[None, :]
-            x = tl.load(at + k * step, mask=live, other=0.0)
-            rows = rows + (x.to(tl.float32),)  # type: ignore[assignment]
+            rows = rows + (tl.load(at, mask=live, other=0.0),)  # type: ignore[assignment]
+            at += stride_t
     return rows
 
 

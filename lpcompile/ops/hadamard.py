@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import amax_column, fp8, turned
+from lpcompile.ops import amax_column, blocks, fp8, turned
 from lpcompile.ops.define import cdiv, define, round_up, same_bits
 from lpcompile.ops.launcher import cached
 
@@ -53,9 +53,25 @@ def butterfly(v, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def transform(v):
-    """The 16-point transform of a tuple of 16 fp32 tensors, times 1/4."""
-    v = butterfly(butterfly(butterfly(butterfly(v, 1), 2), 4), 8)
+def signed(x, k: tl.constexpr, SIGNS: tl.constexpr):
+    """x bf16 -> fp32, negated where bit k of the signs is set."""
+    wide = turned.widened(x) if x.dtype == tl.bfloat16 else x
+    return wide * -1.0 if (SIGNS >> k) & 1 else wide  # not -x, which is 0 - x and loses -0
+
+
+@triton.jit
+def summed(rows, SIGNS: tl.constexpr):
+    """4 times the transform of a tuple of 16 tiles bf16, with signs, fp32."""
+    v = ()
+    for k in tl.static_range(16):
+        v = v + (signed(rows[k], k, SIGNS),)  # type: ignore[assignment]
+    return butterfly(butterfly(butterfly(butterfly(v, 1), 2), 4), 8)
+
+
+@triton.jit
+def transformed(rows, SIGNS: tl.constexpr):
+    """The transform of a tuple of 16 tiles bf16, with signs, fp32."""
+    v = summed(rows, SIGNS)
     out = ()
     for k in tl.static_range(16):
         out = out + (v[k] * 0.25,)  # type: ignore[assignment]
@@ -63,26 +79,20 @@ def transform(v):
 
 
 @triton.jit
-def signed(x, k: tl.constexpr, SIGNS: tl.constexpr):
-    """x bf16 -> fp32, negated where bit k of the signs is set."""
-    wide = x.to(tl.float32)
-    return wide * -1.0 if (SIGNS >> k) & 1 else wide  # not -x, which is 0 - x and loses -0
-
-
-@triton.jit
-def transformed(rows, SIGNS: tl.constexpr):
-    """The transform of a tuple of 16 tiles bf16, with signs, fp32."""
-    v = ()
-    for k in tl.static_range(16):
-        v = v + (signed(rows[k], k, SIGNS),)  # type: ignore[assignment]
-    return transform(v)
+def narrowed(v):
+    """A tuple of tiles fp32, rounded to bf16."""
+    out = ()
+    for k in tl.static_range(len(v)):
+        out = out + (turned.narrowed(v[k]),)  # type: ignore[assignment]
+    return out
 
 
 @cached
 @triton.jit
 def kernel(
     x_ptr, y_ptr, M, C, MP, stride_e, stride_m, stride_c,
-    SIGNS: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr,
+    SIGNS: tl.constexpr, PAIRS: tl.constexpr,
+    BC: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(2).to(tl.int64)
     x_ptr += e * stride_e
@@ -92,11 +102,9 @@ def kernel(
     run = first + tl.arange(0, BM // 16) * 16
     rows = turned.rows(x_ptr, c, run, C, M, stride_c, stride_m, 16, EVEN)
     y = turned.turned(transformed(rows, SIGNS))
-    bits = y.to(tl.bfloat16).to(tl.int16, bitcast=True)
-    bits = tl.where(y == y, bits, 0x7FC0)
     m = first + tl.arange(0, BM)
     to = y_ptr + c[:, None].to(tl.int64) * MP + m[None, :]
-    turned.write(to, bits, (c < C)[:, None] & (m < MP)[None, :], EVEN)
+    turned.write(to, turned.bits(y, PAIRS), (c < C)[:, None] & (m < MP)[None, :], EVEN)
 
 
 def fill(x: Tensor, signs: int, y: Tensor) -> Tensor:
@@ -106,8 +114,9 @@ def fill(x: Tensor, signs: int, y: Tensor) -> Tensor:
     BC, BM = 128, 64
     even = M % BM == 0 and C % BC == 0
     kernel[(cdiv(MP, BM), cdiv(C, BC), E)](
-        x, y.view(torch.int16), M, C, MP, *x.stride(), signs, BC, BM, even, num_warps=4
-    )
+        x, y.view(torch.int16), M, C, MP, *x.stride(), signs, blocks.compares_pairs(x),
+        BC, BM, even, num_warps=4,
+    )  # fmt: skip
     return y
 
 

@@ -52,6 +52,43 @@ def reference(x: Tensor, offs: Tensor, element: torch.dtype, floor: bool) -> Mad
     return values, scales, padded
 
 
+@triton.jit
+def store(
+    x_ptr, values_ptr, scales_ptr, run, last, c, C, block, stop, TP, stride_t, stride_c,
+    LIMIT: tl.constexpr, EXPONENT: tl.constexpr, ELEMENT: tl.constexpr, FLOOR: tl.constexpr,
+    NATIVE: tl.constexpr, ALIGN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Runs of 32 tokens from run[BN] on, before ``last``, channels c[BC]: a tile.
+
+    It lies at ``block`` of the blocks of a row, before ``stop`` in ALIGN tokens. WHOLE: it has BC
+    channels and as many tokens as it could.
+    """
+    BN: tl.constexpr = run.shape[0]
+    rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 32, WHOLE)
+    byte = mx.encode(turned.amax(rows), LIMIT, EXPONENT, FLOOR, NATIVE)
+    enc = mx.encoding(byte)
+    words = ()
+    for k in tl.static_range(8):
+        word = fp8.narrow4(
+            turned.widened(rows[4 * k]) * enc,
+            turned.widened(rows[4 * k + 1]) * enc,
+            turned.widened(rows[4 * k + 2]) * enc,
+            turned.widened(rows[4 * k + 3]) * enc,
+            ELEMENT,
+        )
+        if not WHOLE:  # zero where there is no token, under a NaN scale too
+            word &= fp8.first_bytes(last - run - 4 * k)[:, None]
+        words = words + (word,)  # type: ignore[assignment]
+    to = block * 8 + tl.arange(0, BN * 8)
+    out = values_ptr.to(tl.pointer_type(tl.int32)) + c[:, None].to(tl.int64) * (TP // 4)
+    live = (c < C)[:, None] & (to < stop * (ALIGN // 4))[None, :]
+    turned.write(out + to[None, :], turned.turned(words), live, WHOLE)
+    to = block + tl.arange(0, BN)
+    out = scales_ptr + c[:, None].to(tl.int64) * (TP // 32) + to[None, :]
+    live = (c < C)[:, None] & (to < stop * (ALIGN // 32))[None, :]
+    turned.write(out, tl.trans(byte).to(tl.uint8), live, WHOLE)
+
+
 @cached
 @triton.jit
 def kernel(
@@ -86,21 +123,19 @@ def kernel(
     run = first + (index * BN + tl.arange(0, BN)) * 32
     left = tl.program_id(0) * BC
     c = left + tl.arange(0, BC)
-    whole = (first + (index + 1) * (BN * 32) <= last) & (left + BC <= C)
-    x = turned.turned(group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 32, whole))
-    byte = mx.encode(blocks.tile_amax(x, 1, 32), LIMIT, EXPONENT, FLOOR, NATIVE)
-    scaled = blocks.tile_scaled(x, mx.encoding(byte))
-    if not whole:  # zero where there is no token, under a NaN scale too
-        t = first + index * (BN * 32) + tl.arange(0, BN * 32)
-        scaled = tl.where((t < last)[None, :], scaled, 0.0)
-    to = block * 32 + tl.arange(0, BN * 32)
-    out = c[:, None].to(tl.int64) * TP + to[None, :]
-    live = (c < C)[:, None] & (to < stop * ALIGN)[None, :]
-    tl.store(values_ptr + out, fp8.narrow(scaled, ELEMENT), mask=live)
-    to = block + tl.arange(0, BN)
-    out = c[:, None].to(tl.int64) * (TP // 32) + to[None, :]
-    live = (c < C)[:, None] & (to < stop * (ALIGN // 32))[None, :]
-    tl.store(scales_ptr + out, byte.to(tl.uint8), mask=live)
+    if (first + (index + 1) * (BN * 32) <= last) & (left + BC <= C):
+        store(
+            x_ptr, values_ptr, scales_ptr, run, last, c, C, block, stop, TP, stride_t, stride_c,
+            LIMIT, EXPONENT, ELEMENT, FLOOR, NATIVE, ALIGN, True,
+        )  # fmt: skip
+    else:
+        store(
+            x_ptr, values_ptr, scales_ptr, run, last, c, C, block, stop, TP, stride_t, stride_c,
+            LIMIT, EXPONENT, ELEMENT, FLOOR, NATIVE, ALIGN, False,
+        )  # fmt: skip
+
+
+NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 
 def launch(x: Tensor, offs: Tensor, element: torch.dtype, floor: bool) -> Made:
@@ -112,7 +147,7 @@ def launch(x: Tensor, offs: Tensor, element: torch.dtype, floor: bool) -> Made:
     grid = (cdiv(C, BC), TP // ALIGN)
     kernel[grid](
         x, offs, values, scales, padded, E, C, TP, *x.stride(),
-        fp8.MAX[element], mx.EXPONENT[element], fp8.TRITON[element], floor, blocks.runs_native(x),
+        fp8.MAX[element], mx.EXPONENT[element], NAMES[element], floor, blocks.runs_native(x),
         ALIGN, BN, BC, next_power_of_2(E), num_warps=4,
     )  # fmt: skip
     return values, scales, padded

@@ -79,11 +79,19 @@ def kernel(
     x_ptr += e.to(tl.int64) * stride_e
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     first = tl.program_id(1) * BC
-    x = turned.load(x_ptr, r, first, R, C, stride_r, stride_c, BC, RUN, EVEN)
-    micro_tile.store_nv(
-        x, e * R + r, r < R, first, C, values_ptr, scales_ptr, amax_ptr + e, seed_ptr, draw,
-        STOCHASTIC, INDEX, ROWS, False, NATIVE, EVEN,
-    )  # fmt: skip
+    if RUN == 1:
+        x = turned.load(x_ptr, r, first, R, C, stride_r, stride_c, BC, RUN, EVEN)
+        micro_tile.store_nv(
+            x, e * R + r, r < R, first, C, values_ptr, scales_ptr, amax_ptr + e, seed_ptr, draw,
+            STOCHASTIC, INDEX, ROWS, False, NATIVE, EVEN,
+        )  # fmt: skip
+    else:
+        c = first + tl.arange(0, BC // RUN) * RUN
+        rows = turned.rows(x_ptr, r, c, R, C, stride_r, stride_c, RUN, EVEN)
+        micro_tile.store_nv_runs(
+            rows, e * R + r, r < R, first, C, values_ptr, scales_ptr, amax_ptr + e, seed_ptr, draw,
+            STOCHASTIC, INDEX, ROWS, False, NATIVE, EVEN,
+        )  # fmt: skip
 
 
 # (transposed, shared by rows, stochastic) -> tile (BR, BC), RUN, warps

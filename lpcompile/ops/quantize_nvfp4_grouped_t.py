@@ -24,11 +24,11 @@ from lpcompile.ops import (
     amax_group,
     blocks,
     fp4,
+    fp4_codes,
     fp8,
     group_tile,
     groups,
     hadamard,
-    pointwise,
     quantize_nvfp4,
     turned,
 )
@@ -69,6 +69,51 @@ def reference(
     return values, scales, padded
 
 
+@triton.jit
+def store(
+    x_ptr, values_ptr, scales_ptr, tensor, seed, draw, run, first, last, c, C, block, stop, TP,
+    stride_t, stride_c,
+    SIGNS: tl.constexpr, STOCHASTIC: tl.constexpr, NATIVE: tl.constexpr, ALIGN: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Runs of 16 tokens from run[BN] on, of the group [first, last), channels c[BC]: a tile.
+
+    It lies at ``block`` of the blocks of a row, before ``stop`` in ALIGN tokens. WHOLE: it has BC
+    channels and as many tokens as it could.
+    """
+    BN: tl.constexpr = run.shape[0]
+    rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 16, WHOLE)
+    if SIGNS is not None:
+        rows = hadamard.narrowed(hadamard.transformed(rows, SIGNS))
+    s = fp4.tile_block_scale(turned.amax(rows), tensor)
+    enc = fp4.tile_encode_scale(s, tensor)
+    words = ()
+    for k in tl.static_range(2):
+        # Eight codes to a word; the logical index of its first.
+        at = (block + tl.arange(0, BN)) * 16 + 8 * k
+        element = c[None, :].to(tl.int64) * TP + at[:, None]
+        part = rows[8 * k : 8 * k + 8]
+        word = fp4_codes.run_packed(part, enc, element, seed, draw, STOCHASTIC, NATIVE)
+        if not WHOLE:
+            # Zero where there is no token, under a NaN scale too; the transform spreads those of a
+            # run over all of it.
+            tokens = last - run if SIGNS is None else tl.where(run < last, 16, 0)
+            word &= fp4_codes.first_codes(tokens - 8 * k)[:, None]
+        words = words + (word,)  # type: ignore[assignment]
+    word = block * 2 + tl.arange(0, BN * 2)
+    out = values_ptr.to(tl.pointer_type(tl.int32)) + c[:, None].to(tl.int64) * (TP // 8)
+    live = (c < C)[:, None] & (word < stop * (ALIGN // 8))[None, :]
+    turned.write(out + word[None, :], turned.turned(words), live, WHOLE)
+    scales = tl.trans(s).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    if not WHOLE:
+        # Past the 32 tokens that share words the padding is zero under a NaN scale too.
+        full = run < first + tl.cdiv(last - first, 32) * 32
+        scales = tl.where(full[None, :], scales, 0)
+    to = block + tl.arange(0, BN)
+    out = scales_ptr + c[:, None].to(tl.int64) * (TP // 16) + to[None, :]
+    turned.write(out, scales, (c < C)[:, None] & (to < stop * (ALIGN // 16))[None, :], WHOLE)
+
+
 @cached
 @triton.jit
 def kernel(
@@ -106,35 +151,28 @@ def kernel(
     run = first + (index * BN + tl.arange(0, BN)) * 16
     tensor = fp4.tile_tensor_scale(tl.load(amax_ptr + group, mask=group < E, other=0.0))
     seed = tl.load(seed_ptr) if STOCHASTIC else 0
-    # Eight codes to a word; four words for 32 elements.
-    word = block // 2 * 4 + tl.arange(0, BN * 2)
     left = tl.program_id(0) * BC
     c = left + tl.arange(0, BC)
-    whole = (first + (index + 1) * (BN * 16) <= last) & (left + BC <= C)
-    rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 16, whole)
-    if SIGNS is None:
-        x = turned.turned(rows)
+    if (first + (index + 1) * (BN * 16) <= last) & (left + BC <= C):
+        store(
+            x_ptr, values_ptr, scales_ptr, tensor, seed, draw, run, first, last, c, C, block,
+            stop, TP, stride_t, stride_c, SIGNS, STOCHASTIC, NATIVE, ALIGN, True,
+        )  # fmt: skip
     else:
-        x = pointwise.rounded(turned.turned(hadamard.transformed(rows, SIGNS)))
-    s = fp4.tile_block_scale(blocks.tile_amax(x, 1, 16), tensor)
-    v = blocks.tile_scaled(x, fp4.tile_encode_scale(s, tensor))
-    if not whole:
-        # Zero where there is no token, under a NaN scale too; the transform spreads the tokens of
-        # a run over all of it.
-        SPREAD: tl.constexpr = 1 if SIGNS is None else 16
-        t = first + index * (BN * 16) + tl.arange(0, BN * 16) // SPREAD * SPREAD
-        v = tl.where((t < last)[None, :], v, 0.0)
-    element = c[:, None].to(tl.int64) * TP + word[None, :] * 8  # the logical index of its first
-    packed = fp4.tile_packed(v, element, seed, draw, STOCHASTIC, NATIVE)
-    out = values_ptr.to(tl.pointer_type(tl.int32)) + c[:, None].to(tl.int64) * (TP // 8)
-    live = (c < C)[:, None] & (word < stop * (ALIGN // 8))[None, :]
-    tl.store(out + word[None, :], packed, mask=live)
-    # Past the 32 tokens that share words the padding is zero under a NaN scale of the group too.
-    full = run < first + tl.cdiv(last - first, 32) * 32
-    scales = tl.where(full[None, :], s.to(tl.uint8, bitcast=True), 0)
-    to = block + tl.arange(0, BN)
-    out = scales_ptr + c[:, None].to(tl.int64) * (TP // 16) + to[None, :]
-    tl.store(out, scales, mask=(c < C)[:, None] & (to < stop * (ALIGN // 16))[None, :])
+        store(
+            x_ptr, values_ptr, scales_ptr, tensor, seed, draw, run, first, last, c, C, block,
+            stop, TP, stride_t, stride_c, SIGNS, STOCHASTIC, NATIVE, ALIGN, False,
+        )  # fmt: skip
+
+
+# (transformed, stochastic) -> blocks along tokens, channels, warps, registers. Tiles that are not
+# whole take more than 80, and may spill: the others are nearly all.
+TILES = {
+    (False, False): (8, 64, 4, 80),
+    (True, False): (8, 64, 4, 80),
+    (False, True): (4, 64, 4, None),
+    (True, True): (4, 64, 4, None),
+}
 
 
 def launch(
@@ -144,13 +182,14 @@ def launch(
         return reference(x, amax, offs, signs, seed, draw)
     values, scales, padded = outputs(x, amax, offs, signs, seed, draw)
     C, TP, E = x.shape[1], 2 * values.shape[1], offs.shape[0]
-    BN, BC = 8 if seed is None else 4, 64  # random words take registers: of 8 blocks, they spill
+    BN, BC, warps, registers = TILES[signs is not None, seed is not None]
     grid = (cdiv(C, BC), TP // (BN * BLOCK))
     # No multiply-add fusion: x * enc is rounded before what is subtracted from it.
     kernel[grid](
         x, amax, offs, seed, values, scales.view(torch.uint8), padded, E, C, TP, *x.stride(), draw,
         signs, seed is not None, blocks.runs_native(x),
-        ALIGN, BN, BC, next_power_of_2(E), num_warps=4, enable_fp_fusion=False,
+        ALIGN, BN, BC, next_power_of_2(E), num_warps=warps,
+        maxnreg=registers, enable_fp_fusion=False,
     )  # fmt: skip
     return values, scales, padded
 

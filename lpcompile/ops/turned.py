@@ -24,7 +24,7 @@ def joined(v, HALF: tl.constexpr):
 
 @triton.jit
 def turned(rows):
-    """A tuple of 4, 8, 16 or 32 tiles [BN, BC] -> [BC, BN * RUN], the tuple's index fastest."""
+    """A tuple of 2, 4 .. 32 tiles [BN, BC] -> [BC, BN * RUN], the tuple's index fastest."""
     RUN: tl.constexpr = len(rows)
     BN: tl.constexpr = rows[0].shape[0]
     BC: tl.constexpr = rows[0].shape[1]
@@ -35,7 +35,9 @@ def turned(rows):
         y = joined(y, 8)
     if RUN >= 8:
         y = joined(y, 4)
-    y = joined(joined(y, 2), 1)[0]
+    if RUN >= 4:
+        y = joined(y, 2)
+    y = joined(y, 1)[0]
     return tl.reshape(tl.permute(tl.reshape(y, (BN, BC, RUN)), (1, 0, 2)), (BC, BN * RUN))
 
 
@@ -43,6 +45,74 @@ def turned(rows):
 def read(ptr, live, EVEN: tl.constexpr):
     """``tl.load``, zeros where not ``live``; EVEN: everything is."""
     return tl.load(ptr) if EVEN else tl.load(ptr, mask=live, other=0.0)
+
+
+@triton.jit
+def widened(x):
+    """A tile bf16 -> fp32: of two elements of a register, each by one instruction."""
+    return tl.inline_asm_elementwise(
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+        "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def narrowed(x):
+    """A tile fp32 -> bf16: two elements by one conversion."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;",
+        "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def bits(x, PAIRS: tl.constexpr):
+    """A tile fp32 -> its bits in bf16, int16, with the one NaN that torch writes.
+
+    PAIRS: the device compares 16-bit integers two at a time.
+    """
+    if PAIRS:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 both, nan;
+            cvt.rn.bf16x2.f32 both, $2, $1;
+            mov.b32 nan, 0x7FC07FC0;
+            min.s16x2 $0, both, nan;
+            }""",
+            "=r,r,r", [x], dtype=tl.int16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return tl.where(x == x, x.to(tl.bfloat16).to(tl.int16, bitcast=True), 0x7FC0)
+
+
+@triton.jit
+def larger(a, b):
+    """The one of two tiles bf16 of the larger magnitude, but for its sign; NaN above all."""
+    return tl.inline_asm_elementwise(
+        "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;",
+        "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def amax(rows):
+    """The largest magnitude of each run of a tuple of 4, 8, 16 or 32 tiles bf16, fp32."""
+    y = rows
+    if len(y) == 32:
+        y = halved(y, 16)
+    if len(y) == 16:
+        y = halved(y, 8)
+    if len(y) == 8:
+        y = halved(y, 4)
+    return tl.abs(widened(halved(halved(y, 2), 1)[0]))
+
+
+@triton.jit
+def halved(v, HALF: tl.constexpr):
+    """The larger of tensors k and k + HALF of a tuple of 2 HALF."""
+    out = ()
+    for k in tl.static_range(HALF):
+        out = out + (larger(v[k], v[k + HALF]),)  # type: ignore[assignment]
+    return out
 
 
 @triton.jit
@@ -63,7 +133,8 @@ def rows(
     out = ()
     for k in tl.static_range(RUN):
         live = (c + k < C)[:, None] & (r < R)[None, :]
-        out = out + (read(at + k * stride_c, live, EVEN),)  # type: ignore[assignment]
+        out = out + (read(at, live, EVEN),)  # type: ignore[assignment]
+        at += stride_c
     return out
 
 

@@ -178,7 +178,7 @@ def product_of(product, lhs, rhs):
 
 
 def test_kernels_are_charged_for_the_bytes_of_their_tensors(tmp_path):
-    result = run(tmp_path, "kernels", "--model", "tiny", "--no-fused")[0]
+    result = run(tmp_path, "kernels", "--model", "tiny", "--parts", "ops")[0]
     tokens, dim = models.LLAMAS["tiny"].tokens, models.LLAMAS["tiny"].dim
     row = next(r for r in result.rows if (r["kernel"], r["of"]) == ("quantize_fp8_row", "tiny x"))
     moved = 3 * tokens * dim + 4 * tokens

@@ -16,11 +16,14 @@ from lpcompile.ops import (
     amax_group,
     amax_tensor,
     blocks,
+    fp4,
+    fp4_codes,
     fp8,
     fused_amax,
     fused_amax_micro,
     hadamard,
     pointwise,
+    turned,
     wide_tile,
 )
 from lpcompile.ops.pointwise import IDENTITY
@@ -46,8 +49,13 @@ def rounded_by_torch(x, input_dtype, output_dtype, rounding_mode):
 
 @triton.jit
 def rounded(x):
-    """The interpreter has no inline assembly."""
+    """The interpreter has no inline assembly; its minimum keeps NaN."""
     return x.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def widened(x):
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -64,7 +72,49 @@ def up(a, b, c):
     return tl.where(near < exact, above.to(tl.float32, bitcast=True), near)
 
 
+@triton.jit
+def narrow4(a, b, c, d, ELEMENT: tl.constexpr):
+    word = tl.zeros(a.shape, tl.int32)
+    for i, x in enumerate((a, b, c, d)):
+        byte = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        word = word | (byte.to(tl.int32) << 8 * i)
+    return word
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def signs(x):
+    made = x[0].to(tl.int16, bitcast=True).to(tl.int32) * 0
+    for k in tl.static_range(8):
+        negative = x[k].to(tl.int16, bitcast=True) < 0
+        made |= tl.where(negative, 8, 0) << 4 * k
+    return made
+
+
+@triton.jit
+def codes(made):
+    word = tl.zeros(made[0].shape, tl.int32)
+    for k in tl.static_range(8):
+        a = tl.abs(made[k])
+        code = tl.where(a < 2, 2 * a, tl.where(a < 4, a + 2, tl.where(a < 6, 6.0, 7.0)))
+        word |= tl.where(a == a, code, 7.0).to(tl.int32) << 4 * k
+    return word
+
+
+@triton.jit
+def reciprocal(v):
+    return tl.where(v == 0, 3e38, tl.div_rn(1.0, tl.where(v == 0, 1.0, v)))
+
+
 pointwise.rounded, pointwise.narrowed, wide_tile.up = rounded, narrowed, up
+turned.widened, turned.narrowed = widened, narrowed
+turned.larger = larger
+fp8.narrow4, fp4.reciprocal, fp4_codes.codes = narrow4, reciprocal, codes
+fp4_codes.signs_along = fp4_codes.signs_across = signs
 TIES = ops.quantize_nvfp4_grouped_t.samples("cpu")[:2]
 
 
