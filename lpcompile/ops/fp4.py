@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops.philox import tile_words
-
 BLOCK = 16
 ALIGN = 32  # elements: 16 bytes
 MAX = 6.0
