@@ -78,7 +78,7 @@ def kernel(
     TP,
     stride_t,
     stride_c,
-    AMAX_STRIDE: tl.constexpr,  # 0: one amax for all groups and columns
+    ONE: tl.constexpr,  # one amax for all groups and columns
     ALIGN: tl.constexpr,
     LIMIT: tl.constexpr,
     POW2: tl.constexpr,
@@ -103,15 +103,21 @@ def kernel(
     stop = tl.where(group < E, begin // ALIGN + tl.cdiv(last - first, ALIGN), TP // ALIGN) * ALIGN
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     x = groups.load_turned(pointers, c, tl.where(T > 0, C, 0), stride_c, EVEN)  # [BC, BT]
-    at = (group.to(tl.int64) * C + c) * AMAX_STRIDE
-    amax = tl.load(amax_ptr + at, mask=(c < C) & (group < E), other=0.0)
-    scaled = x.to(tl.float32) * fp8.encode(amax, LIMIT, POW2)[:, None]
+    if ONE:
+        scaled = x.to(tl.float32) * fp8.encode(tl.load(amax_ptr), LIMIT, POW2)
+    else:
+        at = group.to(tl.int64) * C + c
+        amax = tl.load(amax_ptr + at, mask=(c < C) & (group < E), other=0.0)
+        scaled = x.to(tl.float32) * fp8.encode(amax, LIMIT, POW2)[:, None]
     scaled = tl.where((t < last)[None, :], scaled, 0.0)
     out = c[:, None].to(tl.int64) * TP + to[None, :]
     live = (c < C)[:, None] & (to < stop)[None, :]
     tl.store(values_ptr + out, fp8.narrow(scaled, ELEMENT), mask=live)
-    if tile < (E if AMAX_STRIDE else 1):  # tile e writes the scales of group e, empty or not
-        at = (tile.to(tl.int64) * C + c) * AMAX_STRIDE
+    if ONE:
+        if (tile == 0) & (tl.program_id(0) == 0):
+            tl.store(scales_ptr, fp8.decode(fp8.encode(tl.load(amax_ptr), LIMIT, POW2)))
+    elif tile < E:  # tile e writes the scales of group e, empty or not
+        at = tile.to(tl.int64) * C + c
         amax = tl.load(amax_ptr + at, mask=c < C, other=0.0)
         tl.store(scales_ptr + at, fp8.decode(fp8.encode(amax, LIMIT, POW2)), mask=c < C)
 
@@ -133,7 +139,7 @@ def launch(
     grid = (cdiv(C, BC), cdiv(values.shape[1], BT) + E)
     kernel[grid](
         x, amax, offs, rows, values, scales, padded, E, T, C, values.shape[1], *x.stride(),
-        int(amax.dim() == 2), ALIGN, fp8.MAX[element], pow2, fp8.TRITON[element],
+        amax.dim() == 1, ALIGN, fp8.MAX[element], pow2, fp8.TRITON[element],
         BT, BC, run, next_power_of_2(E), C % BC == 0 and T > 0, num_warps=4,
     )  # fmt: skip
     return values, scales, padded
