@@ -77,12 +77,13 @@ def _compile(mode: FakeTensorMode, launches: Sequence[tuple[Any, ...]], device: 
     pool = ThreadPoolExecutor(
         get_compile_threads(), "lpcompile", torch.cuda.set_device, initargs=(device,)
     )
-    with pool, _instead_of_running() as kernels:
-        with AsyncCompileMode(pool, ignore_errors=True), mode:
+    with pool, AsyncCompileMode(pool, ignore_errors=True):
+        with _instead_of_running() as kernels, mode:
             for launch, args, kwargs in launches:
                 _attempt(launch, *args, **kwargs)
+        # Behind all that compiles, which none of them waits for in vain, and each as soon as it can.
         loads = [pool.submit(_attempt, _load, kernel) for kernel in dict.fromkeys(kernels)]
-        return sum(load.result() for load in loads)
+    return sum(load.result() for load in loads)
 
 
 def _attempt(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:

@@ -21,7 +21,7 @@ from lpcompile.ops.define import ALIGN, define, same_bits
 from lpcompile.ops.fused_source import ELEMENTS
 
 # Elements that a program holds, its warps, and how many of it a multiprocessor runs at once.
-PART, WARPS, RESIDENT = 16384, 4, 4
+PART, WARPS, RESIDENT, STAGES = 16384, 4, 3, 3
 REGISTERS = 65536  # of a multiprocessor
 LARGEST = 2**22  # elements of a matrix, of which 132 multiprocessors hold two
 _NAMES = {element: name for name, element in ELEMENTS.items()}
@@ -43,12 +43,26 @@ def reference(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tens
 
 
 @triton.jit
+def posted(ptr):
+    """What is at addresses ptr[N] as soon as none of it is 0."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred none; WAIT: ld.relaxed.gpu.global.u32 $0, [$1]; setp.eq.u32 none, $0, 0;"
+        " @none bra WAIT; }",
+        "=r,l",
+        [ptr],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def kernel(
     x_ptr,  # words of two elements
     values_ptr,
     scales_ptr,
     amax_ptr,
-    arrived_ptr,
+    posted_ptr,  # [E, SHARE] zeros
     E,
     n,  # words of a matrix
     SHARE,  # programs that share a matrix
@@ -56,23 +70,24 @@ def kernel(
     POW2: tl.constexpr,
     ELEMENT: tl.constexpr,
     PART: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STAGES: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     part = tl.program_id(0) % SHARE
     at = part * PART + tl.arange(0, PART)
-    for e in range(tl.program_id(0) // SHARE, E, tl.num_programs(0) // SHARE):
+    slots = tl.minimum(tl.arange(0, SLOTS), SHARE - 1)
+    step = tl.num_programs(0) // SHARE
+    for e in tl.range(tl.program_id(0) // SHARE, E, step, num_stages=STAGES):
         to = tl.cast(e, tl.int64) * n + at
         x = tl.load(x_ptr + to) if EVEN else tl.load(x_ptr + to, mask=at < n, other=0)
         # Magnitudes of bf16 are in the order of their bits, NaN above Inf above all. Kept as words
         # they take half the registers that fp32 would.
-        best = tl.maximum(tl.max(x & 0x7FFF, 0) << 16, tl.max(x & 0x7FFF0000, 0))
-        best = tl.where(best > 0x7F800000, 0x7FC00000, best)
-        tl.atomic_max(amax_ptr + e, best, sem="relaxed")
-        tl.atomic_add(arrived_ptr + e, 1, sem="release")
-        while tl.atomic_add(arrived_ptr + e, 0, sem="acquire") < SHARE:
-            pass
-        amax = tl.load(amax_ptr + e, volatile=True).to(tl.float32, bitcast=True)
-        scale = fp8.encode(amax, LIMIT, POW2)
+        best = tl.max(tl.maximum(x & 0x7FFF, (x >> 16) & 0x7FFF), 0)
+        tl.atomic_xchg(posted_ptr + e * SHARE + part, best + 1, sem="relaxed")
+        best = tl.max(posted(posted_ptr + e * SHARE + slots), 0) - 1
+        bits = tl.where(best > 0x7F80, 0x7FC0, best) << 16
+        scale = fp8.encode(bits.to(tl.float32, bitcast=True), LIMIT, POW2)
         low = (x << 16).to(tl.float32, bitcast=True) * scale
         high = (x & -65536).to(tl.float32, bitcast=True) * scale
         narrow = fp8.narrow2(low, high, ELEMENT)
@@ -82,6 +97,7 @@ def kernel(
             tl.store(values_ptr + to, narrow, mask=at < n)
         if part == 0:
             tl.store(scales_ptr + e, fp8.decode(scale))
+            tl.store(amax_ptr + e, bits)
 
 
 def launch(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,16 +111,15 @@ def launch(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor,
     if not (fits(R, C) and words and share <= most):
         amax = amax_tensor.launch(x)
         return (*quantize_fp8_tensor.launch(x, amax, element, pow2), amax)
-    values, scales, _ = outputs(x, element, pow2)
-    zeros = torch.zeros((2, E), dtype=torch.int32, device=x.device)
-    amax, arrived = zeros
+    values, scales, amax = outputs(x, element, pow2)
+    posts = torch.zeros((E, share), dtype=torch.int32, device=x.device)
     kernel[(share * min(E, most // share),)](
-        experts.view(torch.int32), values.view(torch.int16), scales, amax, arrived,
+        experts.view(torch.int32), values.view(torch.int16), scales, amax.view(torch.int32), posts,
         E, R * C // 2, share, fp8.MAX[element], pow2, _NAMES[element], PART // 2,
-        R * C % PART == 0, num_warps=WARPS, maxnreg=REGISTERS // (RESIDENT * WARPS * 32),
-        launch_cooperative_grid=True,
+        triton.next_power_of_2(share), STAGES, R * C % PART == 0, num_warps=WARPS,
+        maxnreg=REGISTERS // (RESIDENT * WARPS * 32) // 8 * 8, launch_cooperative_grid=True,
     )  # fmt: skip
-    return values, scales, amax.view(torch.float32)
+    return values, scales, amax
 
 
 op = define(
