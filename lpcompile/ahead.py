@@ -81,7 +81,7 @@ def _compile(mode: FakeTensorMode, launches: Sequence[tuple[Any, ...]], device: 
         with _instead_of_running() as kernels, mode:
             for launch, args, kwargs in launches:
                 _attempt(launch, *args, **kwargs)
-        # Behind all that compiles, which none of them waits for in vain, and each as soon as it can.
+        # Behind what compiles in the pool's queue: each waits for a kernel that has begun.
         loads = [pool.submit(_attempt, _load, kernel) for kernel in dict.fromkeys(kernels)]
     return sum(load.result() for load in loads)
 

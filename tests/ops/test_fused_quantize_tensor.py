@@ -23,7 +23,10 @@ def test_every_magnitude_has_the_scale_of_the_formula(element, device):
     encode = (torch.full_like(amax, 448.0 if element is E4M3 else 57344.0) / amax).float()
     encode[~MAGNITUDES.isfinite()] = torch.nan
     args = (x, MAGNITUDES.to(device).float(), element, False)
-    for made in (ops.quantize_fp8_tensor.op(*args)[1], ops.fused_quantize_tensor.op(x, element, False)[1]):
+    for made in (
+        ops.quantize_fp8_tensor.op(*args)[1],
+        ops.fused_quantize_tensor.op(x, element, False)[1],
+    ):
         finite = encode.isfinite()
         assert same_bits(made.cpu()[finite], (1 / encode)[finite]) == ""
         assert made.cpu()[~finite].isnan().all()
