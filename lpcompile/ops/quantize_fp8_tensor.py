@@ -92,7 +92,7 @@ def fill(
     if blocks.is_turned(x):
         BR, BC, run, warps = 64, 128, 8, 4
     else:
-        # 256 columns if that divides them: 1408 are 11 times 128, and took half as long again.
+        # 256 columns if that divides them: of 1408, 11 times 128, they took half as long again.
         widths = [BC for BC in (256, 128, 64) if CP % BC == 0]
         BC = max(widths, default=min(next_power_of_2(CP), 256))
         BR, run, warps = 4096 // BC, 1, 4
