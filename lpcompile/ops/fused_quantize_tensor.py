@@ -24,8 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lpcompile.ops import amax_tensor, fp8, quantize_fp8_tensor
-from lpcompile.ops.define import ALIGN, define, same_bits
+from lpcompile.ops.define import ALIGN, cdiv, define, next_power_of_2, same_bits
 from lpcompile.ops.fused_source import ELEMENTS
+from lpcompile.ops.launcher import cached
 
 # Elements that a program holds, its warps, and how many of it a multiprocessor runs at once.
 PART, WARPS, RESIDENT = 16384, 4, 4
@@ -66,6 +67,7 @@ def posted(ptr):
     )
 
 
+@cached
 @triton.jit
 def kernel(
     x_ptr,  # words of two elements
@@ -114,7 +116,7 @@ def launch(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor,
     experts = fp8.stack(x)
     E, R, C = experts.shape
     most = RESIDENT * torch.cuda.get_device_properties(x.device).multi_processor_count
-    share = triton.cdiv(R * C, PART)
+    share = cdiv(R * C, PART)
     words = experts.is_contiguous() and x.data_ptr() % ALIGN == 0
     if not (fits(R, C) and words and share <= most):
         amax = amax_tensor.launch(x)
@@ -124,7 +126,7 @@ def launch(x: Tensor, element: torch.dtype, pow2: bool) -> tuple[Tensor, Tensor,
     kernel[(share * min(E, most // share),)](
         experts.view(torch.int32), values.view(torch.int16), scales, amax.view(torch.int32), posts,
         E, R * C // 2, share, fp8.MAX[element], pow2, _NAMES[element], PART // 2,
-        triton.next_power_of_2(share), R * C % PART == 0, num_warps=WARPS,
+        next_power_of_2(share), R * C % PART == 0, num_warps=WARPS,
         maxnreg=REGISTERS // (RESIDENT * WARPS * 32), launch_cooperative_grid=True,
     )  # fmt: skip
     return values, scales, amax
