@@ -113,6 +113,18 @@ CASES = {
         *(values(T, K), ones(K // 128, T).t(), values(E, 384, K), ones(E, K // 128, 384).mT),
         *(offs(), values(T, 384, dtype=BF16), False),
     ),
+    "squares, narrow": (
+        *(values(T, K), ones(K // 128, T).t(), values(E, 384, K), ones(E, 3, K // 128)),
+        *(offs(), values(T, 384, dtype=BF16), False),
+    ),
+    "blocks of a matrix": (
+        *(values(N, T), ones(T // 128, N).t(), values(384, T), ones(T // 128, 384).t()),
+        *(None, values(N, 384, dtype=BF16), False),
+    ),
+    "a result that TMA cannot store": (
+        *(values(T, K), ones(T), values(E, 252, K), ones(E, 252)),
+        *(offs(), values(T, 252, dtype=BF16), False),
+    ),
     "bf16, columns as tokens lie": (
         *(values(T, N, dtype=BF16).t(), ones(1), values(T, N, dtype=BF16).t(), ones(1)),
         *(offs(), values(E, N, N, dtype=BF16), True),
@@ -134,12 +146,14 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_sm90_sums_stay_in_registers(name, monkeypatch, tmp_path):
-    ptx = tmp_path / "wgmma.ptx"
-    ptx.write_text(compiled(monkeypatch, *CASES[name]).asm["ptx"])
+    ptx, made = tmp_path / "wgmma.ptx", compiled(monkeypatch, *CASES[name])
+    assert made.metadata.shared <= 227 * 1024
+    ptx.write_text(made.asm["ptx"])
     command = [triton.knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", ptx, "-o", tmp_path / "cubin"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     # Of 64x128 in fp32 a thread holds 256 bytes; what is spilled is addresses, outside the loop.
     assert int(re.search(r"(\d+) bytes stack frame", said)[1]) < 128
+    assert "serialized" not in said  # while one product is multiplied another is added
     assert "wgmma.mma_async" in ptx.read_text()
 
 
