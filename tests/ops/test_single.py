@@ -14,7 +14,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from lpcompile import ops
-from lpcompile.ops import blocks, fp8
+from lpcompile.ops import blocks, device, fp8
 
 TARGET = GPUTarget("cuda", 90, 32)
 CONVERSION = re.compile(r"cvt\.rn\.satfinite\.e[45]m[23]x2\.f32\s+(\S+), (\S+, \S+);")
@@ -35,6 +35,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(fp8, "runs_triton", lambda x: True)
     monkeypatch.setattr(blocks, "runs_native", lambda x: False)
+    monkeypatch.setattr(device, "processors", lambda x: 132)
     monkeypatch.setattr(JITFunction, "run", run)
     return made
 
