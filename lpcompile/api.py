@@ -81,8 +81,6 @@ def lowprec(
         )
     chosen = overlaid(options, recipe=recipe, rules=rules or None)
     given = parse(chosen)
-    if "rules" in chosen:  # an iterator is read once
-        chosen["rules"] = given.rules
 
     def decorate(what: T) -> T:
         if isinstance(what, type) and issubclass(what, nn.Module):
@@ -201,15 +199,11 @@ def _resolve(
         for inner, _ in block.named_modules():
             full, within = names[f"{path}.{inner}".strip(".")], clean_path(inner)
             rule = chosen[within] = depth.rule_of(full, options.rules)
-            if rule is None or rule.is_catch_all:
-                continue
             above = chosen.get(within.rpartition(".")[0]) if within else None
-            if rule is not above or rule.names(full):
-                own.append(BlockRule(within, rule.recipe))
-        own.reverse()  # what is in a module before the module
-        star = depth.rule_of(names[path], (r for r in options.rules if r.is_catch_all))
-        own += [BlockRule("*", star.recipe)] if star else []
-        resolved[path] = tuple(own)
+            if rule is not None and (rule is not above or rule.names(full)):
+                pattern = "*" if rule.is_catch_all and not within else within
+                own.append(BlockRule(pattern, rule.recipe, is_name=rule.names(full)))
+        resolved[path] = tuple(reversed(own))  # what is in a module before the module
     return resolved
 
 

@@ -23,7 +23,7 @@ from lpcompile import experts, functional
 from lpcompile.api import check_rules, siblings
 from lpcompile.errors import check_module
 from lpcompile.graph import clean_path
-from lpcompile.options import Rule, parse
+from lpcompile.options import Rule, overlaid, parse
 from lpcompile.recipes import BF16, DEFAULT, PRODUCTS, Product, Recipe, get_recipe, name_of
 from lpcompile.report import Report, Row
 from lpcompile.select import SMALLEST, Depth
@@ -67,7 +67,7 @@ def convert(
     say nothing of a batch's cost.
     """
     check_module("convert", model)
-    options = parse({"recipe": recipe, "rules": rules})
+    options = parse(overlaid(None, recipe=recipe, rules=rules))
     paths = {name: clean_path(name) for name, _ in model.named_modules()}
     check_rules(options.rules, list(paths.values()))
     depth, structural = Depth(set(paths.values())), _structural(model)
@@ -118,7 +118,13 @@ def _structural(model: nn.Module) -> dict[nn.Module, str]:
     """The linears that stay bf16 unless a rule names them, with the reason."""
     found: dict[nn.Module, str] = {}
     vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
-    repeated = [block for alike in siblings(model) for block in alike]
+    # Models beside each other, each with an embedding of its own, are no blocks.
+    repeated = [
+        block
+        for alike in siblings(model)
+        for block in alike
+        if not any(isinstance(m, nn.Embedding) for m in block.modules())
+    ]
     inside = {m for block in repeated for m in block.modules() if m is not block}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):

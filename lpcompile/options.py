@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -64,8 +64,17 @@ class Rule:
         return any(fnmatchcase(p, self.pattern) for p in above)
 
 
+@dataclass(frozen=True)
 class BlockRule(Rule):
-    """A rule that ``compile_blocks`` made for a module of a block, which may have no GEMM."""
+    """A rule that ``compile_blocks`` made for a module of a block, which may have no GEMM.
+
+    is_name: the rule that it was made of speaks of this very module.
+    """
+
+    is_name: bool = True
+
+    def names(self, path: str) -> bool:
+        return self.is_name and super().names(path)
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,10 @@ class Options:
             raise RuleError(
                 f"rules is a list of rules, got {self.rules!r}: write "
                 '[("layers.*.w2", "bf16")], a (pattern, recipe) pair for each'
+            )
+        if isinstance(self.rules, Iterator):
+            raise RuleError(
+                "rules is an iterator, which the first graph would use up: write list(...)"
             )
         object.__setattr__(self, "rules", tuple(map(_rule, self.rules)))
         _one_of("rewrite", self.rewrite, get_args(Rewrite))
@@ -138,8 +151,12 @@ def set_defaults(**options: Any) -> None:
 
 
 def overlaid(options: Mapping[str, Any] | None, **said: Any) -> dict[str, Any]:
-    """Options, with those in their place that a call says beside them (not None)."""
-    return {**(options or {}), **{k: v for k, v in said.items() if v is not None}}
+    """Options, with those in their place that a call says beside them (not None).
+
+    What is said by an iterator is read here, once.
+    """
+    read = {k: tuple(v) if isinstance(v, Iterator) else v for k, v in said.items()}
+    return {**(options or {}), **{k: v for k, v in read.items() if v is not None}}
 
 
 def parse(options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:

@@ -30,5 +30,8 @@ def run(graph: fx.Graph) -> int:
 
 
 def _is_returned(node: fx.Node) -> bool:
-    """Whether the caller gets a node, or a view of it."""
-    return any(u.op == "output" or (is_view(u) and _is_returned(u)) for u in node.users)
+    """Whether the caller gets a node, a part of it, or a view."""
+    return any(
+        u.op == "output" or ((is_view(u) or u.target is operator.getitem) and _is_returned(u))
+        for u in node.users
+    )

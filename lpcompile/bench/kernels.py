@@ -9,7 +9,6 @@ the call returns, on an idle GPU.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -27,15 +26,11 @@ from lpcompile.ops.pointwise import IDENTITY
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # Measured by `bench gemm` and `bench experts`.
 GEMMS = (ops.scaled_mm, ops.scaled_grouped_mm, ops.wide_mm, ops.wide_grouped_mm)
-NUM_GROUPS, NUM_EXPERTS = 8, 64
+NUM_GROUPS = 8
 
 
 def _narrow(x: Tensor) -> tuple[Any, ...]:
     return (x, E4M3, True)
-
-
-def _as_experts(x: Tensor) -> tuple[Any, ...]:
-    return (x.unflatten(0, (gcd(x.shape[0], NUM_EXPERTS), -1)), E4M3, False)
 
 
 def _with_amax(x: Tensor) -> tuple[Any, ...]:
@@ -153,7 +148,6 @@ KERNELS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
     ops.amax_tensor: _alone,
     ops.amax_tensor_grouped: _grouped,
     ops.dequantize: _dequantized,
-    ops.fused_quantize_tensor: _as_experts,
     ops.hadamard: _signs,
     ops.quantize_fp8_block: _narrow,
     ops.quantize_fp8_block_grouped_t: _grouped_blocks,

@@ -140,19 +140,6 @@ def narrow(scaled, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def narrow2(a, b, ELEMENT: tl.constexpr):
-    """``narrow`` of two tiles, as words of two bytes, a's the lower. ELEMENT: "e4m3" or "e5m2"."""
-    return tl.inline_asm_elementwise(
-        "cvt.rn.satfinite." + ELEMENT + "x2.f32 $0, $2, $1;",
-        "=h,f,f",
-        [a, b],
-        dtype=tl.int16,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
 def narrow4(a, b, c, d, ELEMENT: tl.constexpr):
     """``narrow`` of four tiles, as words of four bytes, a's the lowest: two conversions a word.
 

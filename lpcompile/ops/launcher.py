@@ -34,7 +34,8 @@ _PARTS: dict[type, tuple[str, str]] = {
     int: ("{0} if {0} < 2 else ({0} % 16 == 0, {0} >> 31)", "{0}"),
     type(None): ("None", "None"),
 }
-_CONSTANT = "{0}", "{0}"
+# By their text where values are equal that Triton tells apart: 0.0 and -0.0, (1,) and (True,).
+_CONSTANT, _TEXT = ("{0}", "{0}"), ("repr({0})", "{0}")
 if KNOWN:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -100,7 +101,9 @@ def _reader(params: Any, types: tuple[type, ...]) -> Callable[..., Any] | None:
         return None
     names, places, keys, given = [f"a{i}" for i in range(len(types))], [], [], []
     for name, param, kind in zip(names, params, types, strict=True):
-        parts = _CONSTANT if param.is_constexpr else _PARTS.get(kind)
+        parts = _PARTS.get(kind)
+        if param.is_constexpr:
+            parts = _TEXT if kind in (float, tuple) else _CONSTANT
         if parts is None:
             return None
         if parts is _TENSOR:
@@ -110,7 +113,7 @@ def _reader(params: Any, types: tuple[type, ...]) -> Callable[..., Any] | None:
     lines = [
         f"def read({', '.join(names)}):",
         *places,
-        f"    return ({', '.join(keys)}), ({', '.join(given)})",
+        f"    return ({', '.join(keys)},), ({', '.join(given)},)",
     ]
     made: dict[str, Any] = {}
     exec("\n".join(lines), made)

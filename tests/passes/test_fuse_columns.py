@@ -1,20 +1,17 @@
 """Maxima that the backward narrows under are the forward's, and what it makes has the same bits."""
 
-import operator
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import EAGER, FFN, bf16, compiled, data, step
-from torch import fx, nn
-from torch._subclasses import FakeTensorMode
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lpcompile import Rule, ops, pipeline, placement
-from lpcompile.graph import call, is_own
+from lpcompile.graph import is_own
 from lpcompile.ops.define import same_bits
-from lpcompile.passes import fuse_columns
 
 DIM, HIDDEN, E = 64, 128, 4
 OFFS = [20, 20, 57, 160]
@@ -149,59 +146,15 @@ def test_a_checkpointed_region_saves_the_maxima_of_weights_alone(monkeypatch):
     assert [name for name in made if same_bits(made[name], expected[name])] == []
 
 
-WEIGHTS = {(E, HIDDEN, DIM), (E, DIM, HIDDEN)}
-
-
-def of_weights(graph, op):
-    return [n for n in graph.nodes if n.target is op and shape(n.args[0]) in WEIGHTS]
-
-
-@pytest.mark.parametrize(
-    ("recipe", "op"),
-    [("fp8_tensorwise", ops.fused_quantize_tensor.op), ("nvfp4", ops.amax_tensor.op)],
-)
-def test_the_amax_of_experts_weights_is_taken_once(monkeypatch, recipe, op):
-    graphs = cut(monkeypatch, bf16(Experts()), data(160, DIM), recipe=recipe)[:2]
-    assert [len(of_weights(g, op)) for g in graphs] == [3, 0]
-    others = {ops.amax_tensor.op, ops.fused_quantize_tensor.op} - {op}
-    assert not any(of_weights(g, other) for g in graphs for other in others)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_weight_that_is_read_once_has_the_bits_of_one_that_is_read_twice(monkeypatch, device):
-    model, x = bf16(Experts(), device), data(OFFS[-1], DIM, device=device)
-    *_, made = cut(monkeypatch, model, x, recipe="fp8_tensorwise")
-    monkeypatch.setattr(fuse_columns, "_small", lambda graph: {})
-    forward, _, expected = cut(monkeypatch, model, x, recipe="fp8_tensorwise")
-    assert len(of_weights(forward, ops.amax_tensor.op)) == 3
-    assert [name for name in made if same_bits(made[name], expected[name])] == []
-
-
-def narrowed(x, *, twice=False):
-    """The ops of a graph that narrows x under its amax, after the pass; ``twice``: both ways."""
-    graph, mode = fx.Graph(), FakeTensorMode()
-    node = graph.placeholder("x")
-    with mode:
-        node.meta["val"] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
-    amax = call(graph, ops.amax_tensor.op, node)
-    how = (node, amax, torch.float8_e4m3fn, False)
-    made = [call(graph, ops.quantize_fp8_tensor.op, *how)]
-    if twice:
-        made.append(call(graph, ops.quantize_fp8_tensor_t.op, *how))
-    graph.output([amax, *(call(graph, operator.getitem, m, 0) for m in made)])
-    fuse_columns.run(graph)
-    graph.lint()
-    return set(count(graph))
-
-
-def test_what_is_narrowed_both_ways_is_too_wide_or_in_strides_is_read_twice():
-    x = torch.empty(2, 64, 96, dtype=torch.bfloat16)
-    apart = {ops.amax_tensor.op, ops.quantize_fp8_tensor.op}
-    assert narrowed(x) == {ops.fused_quantize_tensor.op}
-    assert narrowed(x, twice=True) == apart | {ops.quantize_fp8_tensor_t.op}
-    assert narrowed(x[:, :, :90].contiguous()) == narrowed(x[:, :, :80]) == narrowed(x.mT) == apart
-    large = torch.empty(2, 2048, 2064, dtype=torch.bfloat16, device="meta")
-    assert narrowed(large) == apart
+@pytest.mark.parametrize("recipe", ["fp8_tensorwise", "nvfp4"])
+def test_the_amax_of_experts_weights_is_taken_once(monkeypatch, recipe):
+    forward, backward, _ = cut(monkeypatch, bf16(Experts()), data(160, DIM), recipe=recipe)
+    weights = {(E, HIDDEN, DIM), (E, DIM, HIDDEN)}
+    taken = [
+        [n for n in g.nodes if n.target is ops.amax_tensor.op and shape(n.args[0]) in weights]
+        for g in (forward, backward)
+    ]
+    assert [len(nodes) for nodes in taken] == [3, 0]
 
 
 def shape(node):
