@@ -241,6 +241,12 @@ def test_a_model_as_wide_as_it_has_positions_is_narrowed_but_for_its_head():
     }
 
 
+def test_heads_of_models_side_by_side_stay():
+    models = nn.ModuleDict({"policy": Wide(), "reference": Wide()}).bfloat16()
+    left = {r.module: r.reason for r in lpcompile.convert(models).rows if not r.rewritten}
+    assert all("an LM head" in left[f"{name}.head"] for name in models)
+
+
 def test_a_second_derivative_is_an_error_and_no_wrong_gradient():
     x = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
     w = torch.randn(48, 64, dtype=torch.bfloat16, requires_grad=True)

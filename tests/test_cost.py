@@ -53,7 +53,7 @@ def relative_error(us, m, n, k, tflops):
 
 
 @pytest.mark.parametrize("shape", MEASURED, ids=str)
-@pytest.mark.parametrize(("column", "kind"), enumerate(KINDS), ids=str)
+@pytest.mark.parametrize(("column", "kind"), list(enumerate(KINDS)), ids=str)
 def test_a_dense_gemm_is_predicted_within_a_tenth(shape, column, kind):
     m, k, n = shape
     us = gemm_us("fprop", kind[:2], kind[2], (m, n, k, 1))

@@ -121,3 +121,39 @@ def test_a_graph_that_rules_leave_in_bf16_is_no_warning(caplog):
 def test_what_is_no_number_or_share_of_blocks_is_refused(end, amount):
     with pytest.raises(RuleError, match=f"{end} is a number of blocks"):
         Rule("*", "bf16", **{end: amount})
+
+
+def test_an_iterator_of_rules_is_refused_or_read_once():
+    one = [("layers.0", "bf16")]
+    with pytest.raises(RuleError, match="iterator"):
+        lpcompile.set_defaults(rules=iter(one))
+    assert by_blocks(iter(one)) == by_blocks(one)
+
+
+class Routed(nn.Module):
+    """A router that is no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.up = nn.Parameter(torch.randn(16, 32)), nn.Linear(32, 32)
+
+    def forward(self, x):
+        best = torch.nn.functional.linear(x, self.router).topk(1).values
+        return x + best * self.up(x)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_rule_for_what_holds_blocks_names_no_router_of_theirs(blocks):
+    model = nn.ModuleDict({"layers": nn.Sequential(Routed(), Routed())}).bfloat16()
+    rules = [("layers", "fp8_tensorwise")]
+    torch._dynamo.reset()
+    with observe() as compiles:
+        if blocks:
+            lpcompile.compile_blocks(model, rules=rules, options=EAGER)
+            model["layers"](data())
+        else:
+            options = {**EAGER, "rules": rules}
+            torch.compile(lambda x: model["layers"](x), backend="lowprec", options=options)(data())
+    routers = [row for c in compiles for row in c.rows if "router" in row.reason]
+    assert routers
+    assert {row.recipe for row in routers} == {"bf16"}

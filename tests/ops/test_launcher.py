@@ -36,6 +36,12 @@ def sparing(x_ptr, n, m, k: tl.int32, C: tl.constexpr):
     pass
 
 
+@cached
+@triton.jit
+def single(x_ptr):
+    pass
+
+
 class Compiled:
     """What Triton returns of a launch, and what its launcher is given."""
 
@@ -72,7 +78,7 @@ def arguments():
         yield x, 5, 7, 9, 11
     for i, size in itertools.product(range(1, 4), SIZES):
         yield memory, *(size if i == k else 5 for k in range(1, 4)), 11
-    for constant in (0, 1, 16, 17, None, 0.5, tl.float32, tl.float16, "a"):
+    for constant in (0, 1, 17, None, 0.0, -0.0, (1,), (True,), tl.float32, tl.float16, "a"):
         yield memory, 5, 7, 9, constant
 
 
@@ -105,6 +111,14 @@ def test_a_launch_that_is_known_gives_the_launcher_pointers(launched):
     assert len(through) == 1
     given = (z.data_ptr(), y.data_ptr(), 48, 16)
     assert past == [(4, 5, 1, 73, "function", "metadata", None, None, None, *given)]
+
+
+def test_a_kernel_of_one_argument_is_launched_past_triton(launched):
+    through, past = launched
+    x = torch.zeros(16)
+    for _ in range(2):
+        single[(1,)](x)
+    assert (len(through), past[0][9:]) == (1, (x.data_ptr(),))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """Without a backward: equal quantizes are one, and what the caller gets stays apart."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from oracle import compiled, data
 from torch import nn
 
+import lpcompile
+from lpcompile import Operand
 from lpcompile.pipeline import observe
 
 
@@ -31,3 +34,14 @@ def test_copies_that_the_caller_gets_are_tensors_of_their_own():
         others = [other for other in made if other is not one]
         assert all(torch.equal(other.view(-1), x.view(-1)) for other in others)
         one.copy_(x.view(one.shape))
+
+
+@pytest.mark.parametrize("block", ["row", "tensor", (1, 128)])
+def test_equal_quantizes_that_the_caller_gets_are_tensors_of_their_own(block):
+    def twice(x):
+        return [lpcompile.quantize(x, Operand("fp8", block)).values for _ in range(2)]
+
+    with torch.no_grad():
+        first, second = compiled(twice)(data(128, 128).detach())
+    assert torch.equal(first.view(torch.uint8), second.view(torch.uint8))
+    assert first.data_ptr() != second.data_ptr()
