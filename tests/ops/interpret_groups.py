@@ -7,9 +7,8 @@ Elements are fp32 here, because the interpreter rounds to FP8 wrongly (triton 3.
 from types import SimpleNamespace
 
 import torch
-import triton
 import triton.language as tl
-from interpreter import hurry
+from interpreter import hurry, narrow4, rounded
 
 from lpcompile import ops
 from lpcompile.ops import (
@@ -25,22 +24,6 @@ from lpcompile.ops.define import per_column, same_bits
 
 E4M3, WIDE = torch.float8_e4m3fn, torch.float32
 fp8.MAX[WIDE], fp8.TRITON[WIDE] = fp8.MAX[E4M3], tl.float32
-
-
-@triton.jit
-def narrow4(a, b, c, d, ELEMENT: tl.constexpr):
-    """The interpreter has no inline assembly; it narrows what is exact rightly."""
-    word = tl.zeros(a.shape, tl.int32)
-    for i, x in enumerate((a, b, c, d)):
-        byte = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        word = word | (byte.to(tl.int32) << 8 * i)
-    return word
-
-
-@triton.jit
-def rounded(x):
-    """As fp8.narrow4."""
-    return x.to(tl.bfloat16).to(tl.float32)
 
 
 fp8.narrow4, pointwise.rounded = narrow4, rounded

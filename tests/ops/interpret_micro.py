@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from interpreter import hurry
+from interpreter import hurry, narrow4, rounded
 from triton.runtime import interpreter
 
 from lpcompile import ops
@@ -48,12 +48,6 @@ def rounded_by_torch(x, input_dtype, output_dtype, rounding_mode):
 
 
 @triton.jit
-def rounded(x):
-    """The interpreter has no inline assembly; its minimum keeps NaN."""
-    return x.to(tl.bfloat16).to(tl.float32)
-
-
-@triton.jit
 def widened(x):
     return x.to(tl.float32)
 
@@ -70,15 +64,6 @@ def up(a, b, c):
     bits = near.to(tl.int32, bitcast=True)
     above = tl.where(near > 0, bits + 1, tl.where(near < 0, bits - 1, 1))
     return tl.where(near < exact, above.to(tl.float32, bitcast=True), near)
-
-
-@triton.jit
-def narrow4(a, b, c, d, ELEMENT: tl.constexpr):
-    word = tl.zeros(a.shape, tl.int32)
-    for i, x in enumerate((a, b, c, d)):
-        byte = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        word = word | (byte.to(tl.int32) << 8 * i)
-    return word
 
 
 @triton.jit

@@ -1,14 +1,16 @@
-"""Triton's interpreter in a third of its time: what it does at every call, done once.
+"""Triton's interpreter in a third of its time, and what stands for inline assembly in it.
 
-It patches the language for each call of a function, folds a tile one element after another where it
-does not know the combination, looks at every sum for an overflow, and writes a table of dtypes for
-each tensor (triton 3.6 and 3.7).
+What it does at every call is done once: it patches the language for each call of a function, folds
+a tile one element after another where it does not know the combination, looks at every sum for an
+overflow, and writes a table of dtypes for each tensor (triton 3.6 and 3.7).
 """
 
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import triton
+import triton.language as tl
 from triton.runtime import interpreter
 
 
@@ -44,3 +46,19 @@ def fold(self, inputs):
         total = self.combine_fn.fn(total, other)
     made = total.handle.data.reshape(slices.shape[1:])
     return [self.to_tensor(np.expand_dims(made, self.axis) if self.keep_dims else made, x.dtype)]
+
+
+@triton.jit
+def rounded(x):
+    """``pointwise.rounded`` without inline assembly, which the interpreter has not."""
+    return x.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def narrow4(a, b, c, d, ELEMENT: tl.constexpr):
+    """``fp8.narrow4`` likewise, of what is exact, which it narrows rightly."""
+    word = tl.zeros(a.shape, tl.int32)
+    for i, x in enumerate((a, b, c, d)):
+        byte = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        word = word | (byte.to(tl.int32) << 8 * i)
+    return word
