@@ -112,8 +112,7 @@ def pair(low, high, PAIRS: tl.constexpr):
             }""",
             "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
-    a = tl.where(low == low, low.to(tl.bfloat16).to(tl.int16, bitcast=True), 0x7FC0)
-    b = tl.where(high == high, high.to(tl.bfloat16).to(tl.int16, bitcast=True), 0x7FC0)
+    a, b = turned.bits(low, False), turned.bits(high, False)
     return (a.to(tl.int32) & 0xFFFF) | (b.to(tl.int32) << 16)
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lpcompile.ops import amax_column, blocks, fp8, turned
+from lpcompile.ops import amax_column, blocks, fp8, pointwise, turned
 from lpcompile.ops.define import cdiv, define, round_up, same_bits
 from lpcompile.ops.launcher import cached
 
@@ -83,7 +83,7 @@ def narrowed(v):
     """A tuple of tiles fp32, rounded to bf16."""
     out = ()
     for k in tl.static_range(len(v)):
-        out = out + (turned.narrowed(v[k]),)  # type: ignore[assignment]
+        out = out + (pointwise.narrowed(v[k]),)  # type: ignore[assignment]
     return out
 
 

@@ -8,7 +8,7 @@ Arithmetic: ``lpcompile.ops.mx`` and ``lpcompile.ops.fp4``.
 import triton
 import triton.language as tl
 
-from lpcompile.ops import blocks, fp4, fp4_codes, fp8, mx, swizzle, turned
+from lpcompile.ops import blocks, fp4, fp4_codes, fp8, mx, pointwise, swizzle, turned
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def store_nv(
     """
     BW: tl.constexpr = x.shape[1]
     if x.dtype == tl.float32:
-        x = turned.narrowed(x)
+        x = pointwise.narrowed(x)
     tensor = fp4.tile_tensor_scale(tl.load(amax_ptr))
     s = fp4.tile_block_scale(blocks.tile_amax(x, ROWS, 16), tensor)
     enc = fp4.tile_encode_scale(s, tensor)

@@ -57,21 +57,13 @@ def widened(x):
 
 
 @triton.jit
-def narrowed(x):
-    """A tile fp32 -> bf16: two elements by one conversion."""
-    return tl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;",
-        "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2,
-    )  # fmt: skip
-
-
-@triton.jit
 def bits(x, PAIRS: tl.constexpr):
     """A tile fp32 -> its bits in bf16, int16, with the one NaN that torch writes.
 
     PAIRS: the device compares 16-bit integers two at a time.
     """
     if PAIRS:
+        # No number is above 0x7FC0 as a signed integer, and the conversion makes NaN 0x7FFF.
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 both, nan;

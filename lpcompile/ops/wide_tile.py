@@ -118,18 +118,6 @@ def store(ptr, x, m, here, c, C, NATIVE: tl.constexpr, EVEN: tl.constexpr):
 
     here: which rows there are. ptr: int16, of the bits. NATIVE: two at a time, as Hopper can.
     """
-    if NATIVE:
-        # No number is above 0x7FC0 as a signed integer, and the conversion makes NaN 0x7FFF.
-        bits = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 both, nan;
-            cvt.rn.bf16x2.f32 both, $2, $1;
-            mov.b32 nan, 0x7FC07FC0;
-            min.s16x2 $0, both, nan;
-            }""",
-            "=r,r,r", [x], dtype=tl.int16, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        bits = tl.where(x == x, x.to(tl.bfloat16).to(tl.int16, bitcast=True), 0x7FC0)
+    bits = turned.bits(x, NATIVE)
     at = m[:, None].to(tl.int64) * C + c[None, :]
     turned.write(ptr + at, bits, here[:, None] & (c < C)[None, :], EVEN)

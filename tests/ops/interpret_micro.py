@@ -96,8 +96,7 @@ def reciprocal(v):
 
 
 pointwise.rounded, pointwise.narrowed, wide_tile.up = rounded, narrowed, up
-turned.widened, turned.narrowed = widened, narrowed
-turned.larger = larger
+turned.widened, turned.larger = widened, larger
 fp8.narrow4, fp4.reciprocal, fp4_codes.codes = narrow4, reciprocal, codes
 fp4_codes.signs_along = fp4_codes.signs_across = signs
 TIES = ops.quantize_nvfp4_grouped_t.samples("cpu")[:2]
