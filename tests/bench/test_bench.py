@@ -28,10 +28,11 @@ CPU = torch.device("cpu")
 EAGER = '{"codegen": "eager", "rewrite": "all"}'
 
 
-def run(tmp_path, *arguments):
-    """The Results of one command on the CPU."""
+def run(tmp_path, *arguments, device="cpu"):
+    """The Results of one command."""
     out = tmp_path / "out.json"
-    assert main(["bench", *arguments, "--device", "cpu", "--repeats", "2", "--json", str(out)]) == 0
+    common = ["--device", device, "--repeats", "2", "--json", str(out)]
+    assert main(["bench", *arguments, *common]) == 0
     return report.load([out])
 
 
@@ -319,35 +320,52 @@ def test_a_wrong_argument_is_one_sentence_and_no_traceback(tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+TINY = ("--model", "tiny")
+FORCED = ("--recipes", "fp8_rowwise", "--no-peers", "--options", '{"rewrite": "all"}')
+
+
 @pytest.mark.gpu
-def test_the_tool_measures_a_gpu(tmp_path):
-    """Small, through Inductor: memory, clocks, and which kernel is what."""
-    out, common = tmp_path / "out.json", ["--model", "tiny", "--device", "cuda", "--json"]
-    forced = ["--recipes", "fp8_rowwise", "--no-peers", "--options", '{"rewrite": "all"}']
-    for part in ("ffn", "block"):
-        assert main(["bench", part, *common, str(out), *forced]) == 0
-        bf16, narrow = report.load([out])[0].rows
-        assert bf16["peak GiB"] > 0
-        assert narrow["compile s"] > 0
-        assert 0.01 < narrow["dw error"] < 0.1
-    assert main(["bench", "profile", *common, str(out), *forced]) == 0
-    summary, _ = report.load([out])
+@pytest.mark.parametrize("part", ["ffn", "block"])
+def test_a_layer_has_its_memory_and_errors_on_a_gpu(part, tmp_path):
+    bf16, narrow = run(tmp_path, part, *TINY, *FORCED, device="cuda")[0].rows
+    assert bf16["peak GiB"] > 0
+    assert narrow["compile s"] > 0
+    assert 0.01 < narrow["dw error"] < 0.1
+
+
+@pytest.mark.gpu
+def test_a_profile_says_which_kernel_is_what_on_a_gpu(tmp_path):
+    summary, _ = run(tmp_path, "profile", *TINY, *FORCED, device="cuda")
     count = {(r["variant"], r["kind"]): r["kernels"] for r in summary.rows}
     num_gemms = 3 * len(models.linears(models.LLAMAS["tiny"], "block"))
     for variant in ("bf16", "fp8_rowwise"):
         assert count[variant, "GEMM"] >= num_gemms
         assert count[variant, "attention"] >= 2
     assert count["fp8_rowwise", "quantize"] + count["fp8_rowwise", "fused"] > num_gemms
-    assert main(["bench", "kernels", *common, str(out)]) == 0
-    (result,) = report.load([out])
-    measured = {r["kernel"] for r in result.rows}
-    assert measured >= {kernels.name_of(op) for op in kernels.KERNELS}
-    assert {name.partition(":")[0] for name in measured} >= {
-        kernels.name_of(op) for op in fused.FUSED
-    }
+
+
+@pytest.mark.gpu
+def test_every_kernel_is_timed_on_a_gpu(tmp_path):
+    (result,) = run(tmp_path, "kernels", *TINY, device="cuda")
+    names = {r["kernel"] for r in result.rows}
+    assert names >= {kernels.name_of(op) for op in kernels.KERNELS}
+    assert {name.partition(":")[0] for name in names} >= {kernels.name_of(op) for op in fused.FUSED}
     assert result.machine["capability"]
-    for what in (["gemm"], ["model", *forced, "--passes", "1"], ["experts", "--ragged", *forced]):
-        assert main(["bench", *what, *common, str(out)]) == 0
-    common[1] = "tiny-moe"
-    assert main(["bench", "block", "--ragged", *common, str(out), *forced]) == 0
-    assert all(0.01 < row["dw error"] < 0.1 for row in report.load([out])[0].rows[1::2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "arguments",
+    [("gemm",), ("model", *FORCED, "--passes", "1"), ("experts", "--ragged", *FORCED)],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_else_is_measured_runs_on_a_gpu(arguments, tmp_path):
+    (result,) = run(tmp_path, *arguments, *TINY, device="cuda")
+    assert result.rows
+
+
+@pytest.mark.gpu
+def test_a_block_of_experts_has_its_errors_on_a_gpu(tmp_path):
+    arguments = ("block", "--ragged", "--model", "tiny-moe", *FORCED)
+    (result,) = run(tmp_path, *arguments, device="cuda")
+    assert all(0.01 < row["dw error"] < 0.1 for row in result.rows[1::2])
