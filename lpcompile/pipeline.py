@@ -278,6 +278,7 @@ def _row(site: Site, choice: Choice) -> Row:
         choice.label if choice.gemm else "bf16",
         choice.gemm is not None,
         choice.reason,
+        choice.estimate,
     )
 
 

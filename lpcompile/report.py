@@ -8,6 +8,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from lpcompile.cost import Estimate
 from lpcompile.recipes import Product
 
 
@@ -18,6 +19,8 @@ class Row(NamedTuple):
     num_groups: experts of a grouped GEMM, 1 otherwise.
     recipe: the recipe's name ("custom" for one that has none); "bf16" when left alone.
     reason: why it was left alone, or what was decided; never empty for a GEMM left alone.
+    estimate: microseconds in bf16 and narrowed, on the target; None for a GEMM that was not to be
+        narrowed, cannot be, or is of no fixed size.
     """
 
     module: str
@@ -29,6 +32,7 @@ class Row(NamedTuple):
     recipe: str
     rewritten: bool
     reason: str
+    estimate: Estimate | None = None
 
 
 class SavedBytes(NamedTuple):

@@ -24,11 +24,15 @@ SMALLEST = 16  # a linear with fewer outputs or inputs is not worth a quantize
 
 @dataclass(frozen=True)
 class Choice:
-    """The Gemm that a site gets, or None, with the recipe's label and the reason."""
+    """The Gemm that a site gets, or None, with the recipe's label and the reason.
+
+    estimate: its time both ways, where it was asked for and can be, and its sizes are fixed.
+    """
 
     label: str
     gemm: Gemm | None
     reason: str
+    estimate: cost.Estimate | None = None
 
 
 class Selection:
@@ -67,15 +71,15 @@ class Selection:
                     f"rule Rule({site.module!r}, 'bf16'), or leave out strict"
                 )
             return Choice("bf16", None, obstacle)
-        return self._profitable(site, recipe, label, gemm, why)
+        return self._weighed(site, recipe, label, gemm, why)
 
     def is_alike(self, sites: Iterable[Site]) -> bool:
         """Whether one recipe is for all of them."""
         return len({self._recipe_of(site)[0] for site in sites}) == 1
 
-    def _profitable(self, site: Site, recipe: Recipe, label: str, gemm: Gemm, why: str) -> Choice:
+    def _weighed(self, site: Site, recipe: Recipe, label: str, gemm: Gemm, why: str) -> Choice:
         sizes = (site.m, site.n, site.k)
-        if self.options.rewrite == "all" or None in sizes:
+        if None in sizes:
             return Choice(label, gemm, why)
         target = self.options.target_of(recipe)
         m, n, k = (s for s in sizes if s is not None)
@@ -95,10 +99,12 @@ class Selection:
             readers=(lhs[0], rhs[0]),
             reads=(lhs[1], rhs[1]),
         )
-        times = f"{estimate.bf16_us:.0f} us in bf16, {estimate.lowprec_us:.0f} us in {label}"
+        if self.options.rewrite == "all":
+            return Choice(label, gemm, why, estimate)
         if not estimate.profitable:
-            return Choice("bf16", None, f"unprofitable on {target}")
-        return Choice(label, gemm, f"{why}; {times} on {target}" if why else times)
+            return Choice("bf16", None, f"unprofitable on {target}", estimate)
+        times = f"{estimate.bf16_us:.0f} us in bf16, {estimate.lowprec_us:.0f} us in {label}"
+        return Choice(label, gemm, f"{why}; {times} on {target}" if why else times, estimate)
 
     def _recipe_of(self, site: Site) -> tuple[Recipe, str, bool, str]:
         """The recipe, its label, whether something names this module, and what does."""

@@ -82,8 +82,11 @@ def test_linears_that_share_x_share_what_quantizing_it_costs():
             x = torch.randn(2, 8192, 4096, dtype=torch.bfloat16, requires_grad=True)
         report = lpcompile.explain(model, x, options={"target": "h200"})
         narrowed[count] = {r.product for r in report.rows if r.rewritten}
+        assert all(r.rewritten == r.estimate.profitable for r in report.rows)
     assert "wgrad" not in narrowed[1]
     assert "wgrad" in narrowed[3]
+    report = lpcompile.explain(model, x, recipe="bf16")
+    assert {r.estimate for r in report.rows} == {None}
 
 
 def test_a_transposed_product_is_predicted_to_take_as_long():

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
-from lpcompile import cost
 from lpcompile.bench.models import Layer, built, drawn
 from lpcompile.bench.report import Row
 from lpcompile.bench.timing import host_ms, interleave, synchronize
 from lpcompile.bench.variants import Variant, static_shapes
-from lpcompile.recipes import PRODUCTS, get_recipe
+from lpcompile.cost import H200
+from lpcompile.explain import explain
 
 WARM_STEPS = 3
 
@@ -73,13 +73,16 @@ def compare(
             "host ms": host_ms(candidate.step, device),
             "spread": timings[name].spread,
             "speedup": before / timings[name].ms,
-            "predicted speedup": predicted(layer, candidate.variant.recipe, before),
+            "predicted speedup": None,
             "peak GiB": candidate.peak_gib,
             "peak ratio": ratio(candidate.peak_gib, base.peak_gib),
             "compile s": candidate.compile_s,
             "compile ratio": candidate.compile_s / base.compile_s,
             "dw error": candidate.dw_error,
         }
+    for candidate in ready:  # last: it forgets what was compiled
+        expected = predicted(layer, candidate.variant, before)
+        rows[candidate.variant.name]["predicted speedup"] = expected
     head = {"model": layer.model, "tokens": layer.tokens}
     return [head | {"variant": v.name} | (rows | failures)[v.name] for v in variants]
 
@@ -95,38 +98,25 @@ def ratio(part: float | None, whole: float | None) -> float | None:
     return part / whole if part and whole else None
 
 
-def predicted(layer: Layer, recipe: str, bf16_ms: float) -> float | None:
+def predicted(layer: Layer, variant: Variant, bf16_ms: float) -> float | None:
     """The speedup that the cost model expects of a layer that takes bf16_ms; None without a recipe.
 
     On the H200, which emulates what pays on another target. What is not a GEMM, and a GEMM that
-    pays on no target, takes as long as before.
+    stays bf16, takes as long as before. Not to be called between steps of compiled modules:
+    ``explain`` forgets them.
     """
-    if not recipe:
+    if not variant.recipe:
         return None
+    options = variant.compile["options"]
+    meta = torch.device("meta")
+    module, inputs = built(layer, meta), drawn(layer, meta)
+    decided = timed = explain(module, *inputs, options=options)
+    if decided.target != H200.name:
+        timed = explain(module, *inputs, options={**options, "target": H200.name})
     saved_us = 0.0
-    for linear in layer.linears:
-        how = get_recipe(recipe)
-        how = (how.grouped or how) if linear.num_groups > 1 else how
-        # x is the lhs of fprop and the rhs of wgrad.
-        readers = {"fprop": (linear.readers, 1), "dgrad": (1, 1), "wgrad": (1, linear.readers)}
-        for product in PRODUCTS:
-            gemm = how.gemm(product)
-            if gemm is None:
-                continue
-            there, here = (
-                cost.gain(
-                    product,
-                    gemm,
-                    layer.tokens * linear.rows,
-                    linear.n,
-                    linear.k,
-                    device,
-                    num_groups=linear.num_groups,
-                    readers=readers[product],
-                )
-                for device in (cost.target_for(gemm), cost.H200)
-            )
-            saved_us += there.profitable * (here.bf16_us - here.lowprec_us)
+    for row, same in zip(decided.rows, timed.rows, strict=True):
+        if row.rewritten and same.estimate is not None:
+            saved_us += same.estimate.bf16_us - same.estimate.lowprec_us
     return bf16_ms / max(bf16_ms - saved_us / 1e3, 0.1 * bf16_ms)
 
 

@@ -139,32 +139,26 @@ EXPERTS = {
 
 
 class Linear(NamedTuple):
-    """W[n, k], one for each of num_groups, and how many linears read the same input.
-
-    rows: of the input, for each token of the step.
-    """
+    """W[n, k]."""
 
     name: str
     n: int
     k: int
-    readers: int
-    num_groups: int = 1
-    rows: int = 1
 
 
 def linears(model: Llama, part: str) -> tuple[Linear, ...]:
     """The linears of an "ffn" or a "block"."""
     heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     ffn = (
-        Linear("w1, w3", model.hidden, model.dim, 2),
-        Linear("w1, w3", model.hidden, model.dim, 2),
-        Linear("w2", model.dim, model.hidden, 1),
+        Linear("w1, w3", model.hidden, model.dim),
+        Linear("w1, w3", model.hidden, model.dim),
+        Linear("w2", model.dim, model.hidden),
     )
     attention = (
-        Linear("wq", heads, model.dim, 3),
-        Linear("wk, wv", kv_heads, model.dim, 3),
-        Linear("wk, wv", kv_heads, model.dim, 3),
-        Linear("wo", model.dim, heads, 1),
+        Linear("wq", heads, model.dim),
+        Linear("wk, wv", kv_heads, model.dim),
+        Linear("wk, wv", kv_heads, model.dim),
+        Linear("wo", model.dim, heads),
     )
     return ffn if part == "ffn" else (*attention, *ffn)
 
@@ -273,7 +267,6 @@ class Layer:
     """Something to take a forward and a backward through.
 
     inputs: of which the first needs a gradient, as a function of the device.
-    linears: what the cost model predicts from.
     is_ragged: whether it has groups of rows that are no multiples of 16.
     """
 
@@ -281,7 +274,6 @@ class Layer:
     tokens: int
     build: Callable[[], nn.Module]
     inputs: Callable[[torch.device], tuple[Tensor, ...]]
-    linears: tuple[Linear, ...]
     is_ragged: bool = False
 
 
@@ -293,23 +285,17 @@ def llama_layer(part: str, model: Llama) -> Layer:
         model.tokens,
         lambda: {"ffn": FFN, "block": Block}[part](model),
         lambda device: (leaf(shape, device),),
-        linears(model, part),
     )
 
 
 def experts_layer(model: Experts, *, ragged: bool) -> Layer:
     """Experts on [rows, dim], the rows sorted by expert."""
-    offs, E = model.offsets(ragged=ragged), model.num_experts
+    offs = model.offsets(ragged=ragged)
     return Layer(
         f"{model.name} ragged" if ragged else model.name,
         model.rows,
         lambda: Routed(model),
         lambda device: (leaf((model.rows, model.dim), device), offs.to(device)),
-        (
-            Linear("w1, w3", model.hidden, model.dim, 2, E),
-            Linear("w1, w3", model.hidden, model.dim, 2, E),
-            Linear("w2", model.dim, model.hidden, 1, E),
-        ),
         ragged,
     )
 

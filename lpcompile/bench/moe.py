@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpcompile.bench.models import EXPERTS, Experts, GroupedSwiGLU, Layer, Linear, leaf, linear
+from lpcompile.bench.models import EXPERTS, Experts, GroupedSwiGLU, Layer, leaf, linear
 from lpcompile.errors import ShapeError
 
 
@@ -185,29 +185,6 @@ class MoEBlock(nn.Module):
         return self.moe(self.attention(x), bias)
 
 
-def linears(model: MoE, part: str) -> tuple[Linear, ...]:
-    """The linears of an "ffn" (all that follows attention) or a "block", but the router."""
-    sizes, heads = model.experts, model.num_heads
-    each = {"num_groups": sizes.num_experts, "rows": model.top_k}
-    ffn = (
-        Linear("w1, w3", sizes.hidden, model.dim, 2, **each),
-        Linear("w1, w3", sizes.hidden, model.dim, 2, **each),
-        Linear("w2", model.dim, sizes.hidden, 1, **each),
-        Linear("shared w1, w3", model.shared, model.dim, 2),
-        Linear("shared w1, w3", model.shared, model.dim, 2),
-        Linear("shared w2", model.dim, model.shared, 1),
-    )
-    attention = (
-        Linear("wq", heads * model.head_dim, model.dim, 2),
-        Linear("wkv_a", model.kv_rank + model.rope_dim, model.dim, 2),
-        Linear(
-            "wkv_b", heads * (model.head_dim - model.rope_dim + model.value_dim), model.kv_rank, 1
-        ),
-        Linear("wo", model.dim, heads * model.value_dim, 1),
-    )
-    return ffn if part == "ffn" else (*attention, *ffn)
-
-
 def moe_layer(part: str, model: MoE, *, ragged: bool) -> Layer:
     """An "ffn" or a "block" on [batch, sequence, dim]."""
     shape = (model.tokens // model.sequence, model.sequence, model.dim)
@@ -217,6 +194,5 @@ def moe_layer(part: str, model: MoE, *, ragged: bool) -> Layer:
         model.tokens,
         lambda: {"ffn": TokenChoice, "block": MoEBlock}[part](model),
         lambda device: (leaf(shape, device), bias.to(device)),
-        linears(model, part),
         ragged,
     )
