@@ -2,7 +2,7 @@
 
 Through the dispatcher a call takes 2 us more, and 3 to 10 where lists and the text of a program
 become C++ values on the way (torch 2.11). It is taken on the CPU, and by what looks at ops as they
-run: see ``_launched`` of ``lpcompile.ops.define``.
+run: see ``lpcompile.ops.tape``, which also knows what an earlier call of the launch has called.
 """
 
 from collections.abc import Callable

@@ -43,11 +43,13 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         command = _command(commands, part, what, _layer, [*LLAMAS, *MOES])
         _add_variants(command)
         _add_ragged(command)
+        _add_cuda_graphs(command)
         command.add_argument("--tp", type=int, default=1, help="one rank's shard of so many")
     what = "forward + backward of SwiGLU experts, grouped GEMMs"
     command = _command(commands, "experts", what, _layer, list(EXPERTS))
     _add_variants(command)
     _add_ragged(command)
+    _add_cuda_graphs(command)
     command = _command(commands, "gemm", "every GEMM of a block, product by product", _gemm)
     _add_recipes(command, [name for name, r in RECIPES.items() if not r.is_bf16])
     command.add_argument(
@@ -99,6 +101,11 @@ def _add_recipes(command: argparse.ArgumentParser, default: Sequence[str]) -> No
 def _add_ragged(command: argparse.ArgumentParser) -> None:
     what = "of experts: also groups of any size, beside those of 16 n rows"
     command.add_argument("--ragged", action="store_true", help=what)
+
+
+def _add_cuda_graphs(command: argparse.ArgumentParser) -> None:
+    what = "every variant by CUDA graphs, so that the host's time does not count"
+    command.add_argument("--cuda-graphs", action="store_true", help=what)
 
 
 def _add_variants(command: argparse.ArgumentParser) -> None:
@@ -178,12 +185,16 @@ def _layers(part: str, args: argparse.Namespace) -> list[Layer]:
 
 def _variants(args: argparse.Namespace, device: torch.device) -> list[variants.Variant]:
     part = args.part if args.benchmark == "profile" else args.benchmark
+    cuda_graphs = getattr(args, "cuda_graphs", False)
+    if cuda_graphs and device.type != "cuda":
+        raise OptionError(f"--cuda-graphs needs a GPU, got --device {device}: leave it out")
     # Of experts alone, torchao's ways do not differ: they differ in linears.
     peers = variants.TORCHAO[1:] if part == "experts" else variants.TORCHAO
     chosen = variants.choose(
         args.recipes,
         args.options,
         max_autotune=args.max_autotune,
+        cuda_graphs=cuda_graphs,
         peers=() if args.no_peers else peers,
     )
     variants.warm_up(chosen, device)

@@ -4,7 +4,8 @@ ms          median of one forward + backward, gradients of the input included
 host ms     median until it returns, on an idle GPU: with ``ms`` near it, launching bounds the step
 spread      (90th percentile - 10th) / median
 speedup     bf16's ms / this ms; predicted: the cost model's, from bf16's measured ms
-peak GiB    most memory allocated in a step: weights, gradients, what is saved and temporaries
+peak GiB    most memory allocated in a step: weights, gradients, what is saved and temporaries;
+            not of CUDA graphs, which allocate when they are recorded, in a pool that all share
 compile s   to the end of the first forward + backward, with empty caches
 dw error    |dw - dw of bf16| / |dw of bf16|, all weights: 0 where nothing was narrowed
 """
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 from lpcompile.bench.models import Layer, built, drawn
@@ -130,12 +132,14 @@ def _prepare(
     variant: Variant, module: nn.Module, inputs: tuple[Tensor, ...], dy: Tensor
 ) -> Candidate:
     """Compile with empty caches, and measure the memory of one step."""
-    x, on_gpu = inputs[0], dy.device.type == "cuda"
+    x, allocates = inputs[0], dy.device.type == "cuda" and not variant.cuda_graphs
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    module = variant.apply(module)
+    module, skips = variant.apply(module), _counted_skips()
     x.grad = None
 
     def step() -> None:
+        if variant.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         module.zero_grad(set_to_none=True)
         x.grad = None
         module(*inputs).backward(dy)
@@ -148,7 +152,7 @@ def _prepare(
         for _ in range(WARM_STEPS - 1):
             step()
     peak = None
-    if on_gpu:
+    if allocates:
         module.zero_grad(set_to_none=True)
         x.grad = None
         gc.collect()  # what compiling left behind, here and before, is in no step
@@ -160,7 +164,15 @@ def _prepare(
     missing = [name for name, p in module.named_parameters() if p.grad is None]
     if missing or x.grad is None:
         raise RuntimeError(f"{variant.name} made no gradient of {missing or 'the input'}")
-    dw = [p.grad for p in module.parameters() if p.grad is not None]
+    if variant.cuda_graphs and (skipped := _counted_skips() - skips):
+        raise RuntimeError(f"{variant.name}: Inductor recorded none of {skipped} graphs")
+    # Of their own: what a CUDA graph made, the next one overwrites.
+    dw = [p.grad.clone() for p in module.parameters() if p.grad is not None]
     module.zero_grad(set_to_none=True)
     x.grad = None
     return Candidate(variant, step, peak, seconds, dw)
+
+
+def _counted_skips() -> int:
+    """How many graphs Inductor has not recorded, of those it was to record as CUDA graphs."""
+    return int(counters["inductor"]["cudagraph_skips"])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from lpcompile.bench.models import (
     experts_layer,
     llama_layer,
 )
+from lpcompile.errors import OptionError
 
 BASELINE = "bf16"
 TORCHAO = ("tensorwise", "rowwise")
@@ -29,7 +30,8 @@ TORCHAO = ("tensorwise", "rowwise")
 class Variant:
     """A way to compile. ``convert`` may change the modules; ``compile`` has Module.compile's keys.
 
-    is_peer: another library, whose failure is a row and not an error.
+    is_peer: another library, whose failure is a row and not an error. cuda_graphs: recorded once,
+    replayed at every step.
     """
 
     name: str
@@ -37,6 +39,13 @@ class Variant:
     recipe: str = ""
     convert: Callable[[nn.Module], nn.Module] = lambda module: module
     is_peer: bool = False
+    cuda_graphs: bool = False
+
+    def in_cuda_graphs(self) -> "Variant":
+        """The same by Inductor's CUDA graphs, which leave the host nothing to launch but them."""
+        options = {**self.compile.get("options", {}), "triton.cudagraphs": True}
+        how, name = self.compile | {"options": options}, f"{self.name}, CUDA graphs"
+        return replace(self, name=name, compile=how, cuda_graphs=True)
 
     def apply(self, module: nn.Module) -> nn.Module:
         """The module, compiled in place."""
@@ -53,7 +62,12 @@ class Variant:
 
 
 def choose(
-    recipes: Sequence[str], options: dict[str, Any], *, max_autotune: bool, peers: Sequence[str]
+    recipes: Sequence[str],
+    options: dict[str, Any],
+    *,
+    max_autotune: bool,
+    cuda_graphs: bool = False,
+    peers: Sequence[str],
 ) -> list[Variant]:
     """The baseline first, then what was asked for. ``options`` are the backend's, for the recipes.
 
@@ -61,6 +75,8 @@ def choose(
     peers: torchao's recipes, of TORCHAO.
     """
     if options.get("codegen") == "eager":
+        if cuda_graphs:
+            raise OptionError('CUDA graphs need Inductor, got codegen="eager": leave one out')
         variants = [Variant(BASELINE, {"backend": "aot_eager", "fullgraph": True})]
     else:
         variants = [Variant(BASELINE, {"fullgraph": True})]
@@ -73,7 +89,7 @@ def choose(
         variants.append(Variant(recipe, how, recipe=recipe))
     if version_of("torchao"):
         variants += [_torchao(recipe) for recipe in peers]
-    return variants
+    return [variant.in_cuda_graphs() for variant in variants] if cuda_graphs else variants
 
 
 def _torchao(recipe: str) -> Variant:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd, _len_torch_dispatch_stack
-from torch._C._autograd import _profiler_enabled
 from torch.library import Library
 from torch.utils.flop_counter import register_flop_formula
+
+from lpcompile.ops.tape import played
 
 LIBRARY = Library("lpcompile", "FRAGMENT")
 PRODUCTS: set[Any] = set()  # the ops that multiply, those with a flop formula
@@ -40,23 +40,11 @@ def define(
     torch.library.register_fake(f"lpcompile::{name}", outputs, lib=LIBRARY)
     packet = getattr(torch.ops.lpcompile, name)
     LAUNCHES[packet.default] = launch
-    packet.default.launched = _launched(packet.default, launch)  # see ``lowerings/launch.py``
+    packet.default.launched = played(packet.default, launch)  # see ``lowerings/launch.py``
     register_flop_formula(packet)(flops or _no_flops)
     if flops is not None:
         PRODUCTS.add(packet.default)
     return packet.default
-
-
-def _launched(op: Any, launch: Callable[..., Any]) -> Callable[..., Any]:
-    """The op on a GPU: its launch, unless somebody looks at the ops that run."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if _profiler_enabled() or _len_torch_dispatch_stack():
-            return op(*args, **kwargs)
-        with _AutoDispatchBelowAutograd():
-            return launch(*args, **kwargs)
-
-    return call
 
 
 def _no_flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:

@@ -11,7 +11,10 @@ every launch that a hook of Triton's watches, goes Triton's way.
 Not seen are knobs of Triton's compiler that change after a kernel was first launched.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from functools import cache, partial
 from typing import Any
 
@@ -36,10 +39,12 @@ _PARTS: dict[type, tuple[str, str]] = {
 }
 # By their text where values are equal that Triton tells apart: 0.0 and -0.0, (1,) and (True,).
 _CONSTANT, _TEXT = ("{0}", "{0}"), ("repr({0})", "{0}")
+Descriptor: Any = ()  # the type of TMA's, where there is one
 if KNOWN:
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.experimental.gluon.nvidia import hopper
 
-    _PARTS[TensorDescriptor] = "{0}.base.dtype, *{0}.block_shape, {0}.layout", "{0}"
+    Descriptor = hopper.TensorDescriptor
+    _PARTS[Descriptor] = "{0}.base.dtype, *{0}.block_shape, {0}.layout", "{0}"
 
 
 def cached(kernel: Any) -> Any:
@@ -63,6 +68,7 @@ class _Kept:
 
     run: Callable[..., Any]  # Triton's way
     params: Any
+    pre_run_hooks: Any
     # types of the arguments, names of the options -> what reads them, and by key what to launch
     _kept: dict[tuple[Any, ...], tuple[Callable[..., Any] | None, dict[Any, Any]]]
 
@@ -75,21 +81,28 @@ class _Kept:
         if found is None:
             found = self._kept[signature] = _reader(self.params, tuple(map(type, args))), {}
         read, kept = found
-        if read is None or _is_watched(self):
-            return self.run(*args, grid=grid, warmup=False, **options)
+        if read is None or is_watched() or self.pre_run_hooks:
+            return self._through_triton(grid, args, options)
         key, given = read(*args)
         key = key, *options.values()
         launch = kept.get(key)
         if launch is None or launch[0] != torch._C._cuda_getDevice():
-            kernel = self.run(*args, grid=grid, warmup=False, **options)
+            kernel = self._through_triton(grid, args, options)
             if kernel is not None:
                 device = torch._C._cuda_getDevice()
                 kept[key] = device, kernel.run, kernel.function, kernel.packed_metadata
             return kernel
         device, run, function, metadata = launch
+        if _thread.listener is not None:
+            _thread.listener.known(grid, launch, args, given)
         stream = torch._C._cuda_getCurrentRawStream(device)
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         return run(x, y, z, stream, function, metadata, None, None, None, *given)
+
+    def _through_triton(self, grid: Any, args: Any, options: Any) -> Any:
+        if _thread.listener is not None:
+            _thread.listener.unknown()
+        return self.run(*args, grid=grid, warmup=False, **options)
 
 
 def _reader(params: Any, types: tuple[type, ...]) -> Callable[..., Any] | None:
@@ -120,7 +133,43 @@ def _reader(params: Any, types: tuple[type, ...]) -> Callable[..., Any] | None:
     return made["read"]
 
 
-def _is_watched(kernel: Any) -> Any:
-    """Whether somebody is to be told of the launch."""
+def is_watched() -> Any:
+    """Whether somebody is to be told of every launch."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks
+    return getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+
+
+class _Thread(threading.local):
+    """A thread's launches are told to this."""
+
+    listener: Any = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def told(listener: Any) -> Iterator[None]:
+    """Tells of this thread's launches: ``known`` ones, and ``unknown`` ones, of which no more."""
+    _thread.listener = listener
+    try:
+        yield
+    finally:
+        _thread.listener = None
+
+
+class _Place:
+    """A tensor of which nothing is known but where it begins."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def data_ptr(self) -> int:
+        return self.at
+
+
+def moved(descriptor: Any, at: int) -> Any:
+    """A TensorDescriptor of what lies elsewhere."""
+    made = copy(descriptor)
+    made.base = _Place(at)
+    return made

@@ -68,9 +68,3 @@ def test_who_looks_at_ops_sees_them():
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         ops.scaled_mm.op.launched(*args)
     assert "lpcompile::scaled_mm" in {event.name for event in seen.events()}
-
-
-def test_a_launch_makes_no_graph_of_gradients(monkeypatch):
-    x = torch.ones(4, requires_grad=True)
-    made = ops.define._launched(None, lambda x: x * 2)(x)
-    assert not made.requires_grad
