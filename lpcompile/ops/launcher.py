@@ -81,28 +81,27 @@ class _Kept:
         if found is None:
             found = self._kept[signature] = _reader(self.params, tuple(map(type, args))), {}
         read, kept = found
+        listener = _thread.listener
         if read is None or is_watched() or self.pre_run_hooks:
-            return self._through_triton(grid, args, options)
+            if listener is not None:
+                listener.unknown()
+            return self.run(*args, grid=grid, warmup=False, **options)
         key, given = read(*args)
         key = key, *options.values()
         launch = kept.get(key)
-        if launch is None or launch[0] != torch._C._cuda_getDevice():
-            kernel = self._through_triton(grid, args, options)
+        device, size = torch._C._cuda_getDevice(), grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        if launch is None or launch[0] != device:
+            kernel = self.run(*args, grid=grid, warmup=False, **options)
             if kernel is not None:
-                device = torch._C._cuda_getDevice()
-                kept[key] = device, kernel.run, kernel.function, kernel.packed_metadata
-            return kernel
-        device, run, function, metadata = launch
-        if _thread.listener is not None:
-            _thread.listener.known(grid, launch, args, given)
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-        return run(x, y, z, stream, function, metadata, None, None, None, *given)
-
-    def _through_triton(self, grid: Any, args: Any, options: Any) -> Any:
-        if _thread.listener is not None:
-            _thread.listener.unknown()
-        return self.run(*args, grid=grid, warmup=False, **options)
+                launch = device, kernel.run, kernel.function, kernel.packed_metadata
+                kept[key] = launch
+        else:
+            _, run, function, metadata = launch
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            kernel = run(*size, stream, function, metadata, None, None, None, *given)
+        if listener is not None:
+            listener.known(launch, size, args, given) if launch else listener.unknown()
+        return kernel
 
 
 def _reader(params: Any, types: tuple[type, ...]) -> Callable[..., Any] | None:

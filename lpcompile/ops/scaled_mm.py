@@ -189,7 +189,10 @@ def _scaled_mm(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool
 ) -> Tensor:
     # Row-wise CUTLASS and block-wise cuBLASLt write bf16 only (torch 2.11, sm_90).
-    return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast)
+    out = a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)  # or it would be allocated twice
+    return torch._scaled_mm(
+        a, b.t(), a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast, out=out
+    )
 
 
 def _pad_rows(b: Tensor, b_scale: Tensor) -> tuple[Tensor, Tensor]:

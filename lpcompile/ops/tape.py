@@ -91,6 +91,8 @@ class Tape(TorchDispatchMode):
         reads: set[str] = set()
         if func in FILLED:
             self.calls.append(Call(FILLED[func].format(self.value(args[0], reads)), "", reads))
+        elif func._overloadname == "out" and made is (kwargs or {}).get("out"):
+            self.calls.append(Call(self.called(func, args, kwargs, reads), "", reads))
         elif func._schema.is_mutable or not isinstance(made, Tensor):
             self.refuse(f"it calls {func}")
         elif func in ALLOCATED:
@@ -115,16 +117,20 @@ class Tape(TorchDispatchMode):
             offset = made.storage_offset() - root.tensor.storage_offset()
             line = f"{name} = view({root.name}, {tuple(made.shape)}, {made.stride()}, {offset})"
         else:
-            way = getattr(torch, func._overloadpacket.__name__, None)  # torch's binding is faster
-            if func._overloadname != "default" or not isinstance(way, BuiltinFunctionType):
-                way = func
-            written = [self.value(x, reads) for x in args]
-            written += [f"{key}={self.value(x, reads)}" for key, x in kwargs.items()]
-            line = f"with below_autograd(): {name} = {self.constant(way)}({', '.join(written)})"
+            line = self.called(func, args, kwargs, reads, f"{name} = ")
         self.calls.append(Call(line, name, reads))
 
-    def known(self, grid: tuple[int, ...], kept: tuple[Any, ...], args: Any, given: Any) -> None:
-        """A kernel is launched from what the launcher has kept."""
+    def called(self, func: Any, args: Any, kwargs: Any, reads: set[str], to: str = "") -> str:
+        """A call of an op of aten, by torch's own binding if there is one: that is faster."""
+        way = getattr(torch, func._overloadpacket.__name__, None)
+        if func._overloadname not in ("default", "out") or not isinstance(way, BuiltinFunctionType):
+            way = func
+        written = [self.value(x, reads) for x in args]
+        written += [f"{key}={self.value(x, reads)}" for key, x in kwargs.items()]
+        return f"with below_autograd(): {to}{self.constant(way)}({', '.join(written)})"
+
+    def known(self, kept: tuple[Any, ...], grid: tuple[int, ...], args: Any, given: Any) -> None:
+        """A kernel is launched that the launcher has kept."""
         _, run, function, metadata = kept
         reads: set[str] = set()
         passed = []
@@ -137,7 +143,7 @@ class Tape(TorchDispatchMode):
                 passed.append(f"moved({self.constant(blank)}, {self.place(x.base, reads)})")
             else:
                 passed.append(self.constant(number))
-        size = ", ".join(map(str, (*grid, 1, 1)[:3]))
+        size = ", ".join(map(str, grid))
         of = f"{self.constant(function)}, {self.constant(metadata)}, None, None, None"
         line = f"{self.constant(run)}({size}, stream, {of}, {', '.join(passed)})"
         self.calls.append(Call(line, "", reads))

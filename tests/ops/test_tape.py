@@ -68,7 +68,8 @@ def everything(x, more, flag, names, last):
     out = x.new_zeros(4, 8)
     kernel[(2, 3)](x[2:], out.view(torch.int32)[1], 32, 16, num_warps=2)
     product = torch.mm(x.t(), more[0])
-    return [product[:, 1:], out, x.mT, product.view(torch.int32).t()]
+    torch.mm(x, x.t(), out=(square := x.new_empty(8, 8)))
+    return [product[:, 1:], out, x.mT, product.view(torch.int32).t(), square]
 
 
 def arguments():
