@@ -18,6 +18,7 @@ from torch._inductor.virtualized import V
 from torch._library.utils import get_layout_constraint_tag
 from torch.utils._pytree import tree_leaves
 
+from lpcompile.errors import OptionError
 from lpcompile.ops.define import LAUNCHES
 
 PAST = {"cuda"}  # devices
@@ -29,6 +30,12 @@ def fallback(op: Any) -> Callable[..., Any]:
 
     def lower(*args: Any, **kwargs: Any) -> Any:
         made = whole(*args, **kwargs)
+        if V.graph.cpp_wrapper and isinstance(made, list) and len(made) == 1:
+            raise OptionError(
+                f"cpp_wrapper: {op} returns a list of one tensor here, which torch's C++ code "
+                "takes for a tensor and crashes on (2.11 to 2.13): leave it out, and against the "
+                'host\'s time use {"triton.cudagraphs": True}'
+            )
         first = tree_leaves(made)[0]
         device = first.get_device()
         if device.type in PAST and not (V.graph.cpp_wrapper or V.graph.fx_wrapper):

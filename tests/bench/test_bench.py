@@ -19,7 +19,7 @@ from lpcompile.bench import (
     variants,
 )
 from lpcompile.bench.timing import Timing, interleave
-from lpcompile.errors import ShapeError
+from lpcompile.errors import OptionError, ShapeError
 from lpcompile.ops import fused_source, groups
 from lpcompile.ops.define import same_bits
 from lpcompile.recipes import RECIPES
@@ -311,13 +311,36 @@ def test_a_wrong_argument_is_one_sentence_and_no_traceback(tmp_path, capsys):
     assert main(["bench", "ffn", "--device", "cpu", "--recipes", "fp8_rowise"]) == 2
     assert "did you mean 'fp8_rowwise'" in capsys.readouterr().err
     for wrong, said in (("profile --part experts --model llama3-8b", "no such part"),
-                        ("block --model tiny-moe --tp 2", "leave --tp out")):  # fmt: skip
+                        ("block --model tiny-moe --tp 2", "leave --tp out"),
+                        ("ffn --cuda-graphs", "needs a GPU")):  # fmt: skip
         assert main(["bench", *wrong.split(), "--device", "cpu", "--no-peers"]) == 2
         assert said in capsys.readouterr().err
 
 
+def test_every_variant_is_asked_for_cuda_graphs():
+    chosen = variants.choose(
+        ["fp8_rowwise"], {}, max_autotune=True, cuda_graphs=True, peers=variants.TORCHAO
+    )
+    assert [v.name for v in chosen][:3] == [
+        f"{name}, CUDA graphs" for name in ("bf16", "bf16 max-autotune", "fp8_rowwise")
+    ]
+    assert all(v.compile["options"]["triton.cudagraphs"] for v in chosen)
+    assert chosen[1].compile["options"]["max_autotune_gemm"]
+    with pytest.raises(OptionError, match="leave one out"):
+        variants.choose([], {"codegen": "eager"}, max_autotune=False, cuda_graphs=True, peers=())
+
+
 TINY = ("--model", "tiny")
 FORCED = ("--recipes", "fp8_rowwise", "--no-peers", "--options", '{"rewrite": "all"}')
+
+
+@pytest.mark.gpu
+def test_the_tool_measures_cuda_graphs(tmp_path):
+    given = *TINY, *FORCED, "--cuda-graphs"
+    bf16, narrow = run(tmp_path, "ffn", *given, device="cuda")[0].rows
+    assert narrow["variant"] == "fp8_rowwise, CUDA graphs"
+    assert bf16["peak GiB"] is narrow["peak GiB"] is None
+    assert 0.01 < narrow["dw error"] < 0.1
 
 
 @pytest.mark.gpu

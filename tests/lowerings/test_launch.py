@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lpcompile import ops
 from lpcompile.lowerings import launch
+from lpcompile.ops import pointwise
 from lpcompile.ops.define import same_bits
 
 E4M3 = torch.float8_e4m3fn
@@ -43,6 +44,17 @@ def test_the_generated_code_calls_launches(monkeypatch):
     made, _ = compiled(x)
     assert called == [ops.amax_tensor.op, ops.quantize_fp8_tensor.op, ops.scaled_mm.op]
     assert same_bits(made, expected) == ""
+
+
+def test_a_list_of_one_that_the_cpp_wrapper_crashes_on_is_an_error():
+    def maxima(x):
+        return ops.fused_amax.op([x], pointwise.IDENTITY, ["tensor0"])
+
+    with (
+        torch._inductor.config.patch(cpp_wrapper=True),
+        pytest.raises(Exception, match="cudagraphs"),
+    ):
+        torch.compile(maxima)(torch.randn(32, 64, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("module", ops.ALL, ids=lambda m: m.__name__.rpartition(".")[2])
