@@ -14,7 +14,6 @@ Not seen are hooks that are added to one kernel after it was recorded; those of 
 import inspect
 import logging
 from collections.abc import Callable
-from copy import copy
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
@@ -87,7 +86,8 @@ class Tape(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
+        with launcher.told(None):  # an op that launches kernels is a call of an op
+            made = func(*args, **(kwargs or {}))
         reads: set[str] = set()
         if func in FILLED:
             self.calls.append(Call(FILLED[func].format(self.value(args[0], reads)), "", reads))
@@ -121,10 +121,11 @@ class Tape(TorchDispatchMode):
         self.calls.append(Call(line, name, reads))
 
     def called(self, func: Any, args: Any, kwargs: Any, reads: set[str], to: str = "") -> str:
-        """A call of an op of aten, by torch's own binding if there is one: that is faster."""
-        way = getattr(torch, func._overloadpacket.__name__, None)
-        if func._overloadname not in ("default", "out") or not isinstance(way, BuiltinFunctionType):
-            way = func
+        """A call of an op; of aten's by torch's own binding, if there is one: that is faster."""
+        way = func
+        if func.namespace == "aten" and func._overloadname in ("default", "out"):
+            bound = getattr(torch, func._overloadpacket.__name__, None)
+            way = bound if isinstance(bound, BuiltinFunctionType) else func
         written = [self.value(x, reads) for x in args]
         written += [f"{key}={self.value(x, reads)}" for key, x in kwargs.items()]
         return f"with below_autograd(): {to}{self.constant(way)}({', '.join(written)})"
@@ -138,9 +139,8 @@ class Tape(TorchDispatchMode):
             if isinstance(x, Tensor):
                 passed.append(self.place(x, reads))
             elif isinstance(x, launcher.Descriptor):
-                blank = copy(x)
-                blank.base = None
-                passed.append(f"moved({self.constant(blank)}, {self.place(x.base, reads)})")
+                nowhere = self.constant(launcher.moved(x, 0))
+                passed.append(f"moved({nowhere}, {self.place(x.base, reads)})")
             else:
                 passed.append(self.constant(number))
         size = ", ".join(map(str, grid))

@@ -9,11 +9,12 @@ import torch
 import triton
 import triton.language as tl
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from lpcompile import ops
-from lpcompile.ops import tape
+from lpcompile.ops import blocks, device, fp8, tape
 from lpcompile.ops.define import same_bits
 from lpcompile.ops.launcher import Descriptor, cached
 
@@ -51,7 +52,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda d: STREAM, raising=False)
     monkeypatch.setattr(JITFunction, "run", lambda *args, **options: compiled)
     yield given
-    kernel._kept.clear()
+    for launched in {kernel, *(m.kernel for m in ops.ALL)}:
+        getattr(launched, "_kept", {}).clear()
 
 
 def recorded(launch, *args):
@@ -184,6 +186,21 @@ def test_what_a_tape_cannot_say_is_launched(gpu, launch):
     assert watched.calls == 1
 
 
+def test_an_op_that_a_launch_calls_launches_its_own_kernels(gpu):
+    def inner(x):
+        kernel[(1,)](x, x, 16, 16)
+        return x * 2
+
+    library = torch.library.Library("lpcompile_test_tape", "DEF")
+    library.define("dequantize(Tensor x) -> Tensor")  # torch has a function of that name
+    library.impl("dequantize", inner, "CPU")
+    op = torch.ops.lpcompile_test_tape.dequantize
+    watched = recorded(lambda x, *_: op(x) + 1, torch.ones(16), [])
+    gpu.clear()
+    assert torch.equal(watched.call(torch.full((16,), 3.0), []), torch.full((16,), 7.0))
+    assert (watched.calls, len(gpu)) == (0, 1)
+
+
 def test_a_kernel_that_triton_launches_is_on_no_tape(gpu):
     def launch(x, *_):
         kernel[(1,)](x, x, 8.5, 16)  # of a type that the launcher does not know
@@ -266,6 +283,45 @@ def test_the_reference_of_an_op_makes_the_same_bits_from_its_tape(gpu, module):
     for args in module.samples("cpu"):
         made = [call(*args) for _ in range(3)][-1]
         assert same_bits(made, module.reference(*args)) == ""
+
+
+@pytest.mark.parametrize("module", ops.ALL, ids=short)
+def test_the_kernels_of_an_op_get_from_its_tape_what_its_launch_gives_them(
+    gpu, module, monkeypatch
+):
+    monkeypatch.setattr(fp8, "runs_triton", lambda x: True)
+    monkeypatch.setattr(blocks, "runs_native", lambda x: False)
+    monkeypatch.setattr(device, "capability", lambda x: (9, 0))
+    monkeypatch.setattr(device, "processors", lambda x: 132)
+    call, compared = tape.played(module.op, module.launch), 0
+    for args in module.samples("cpu"):
+        try:
+            made = module.launch(*args)
+        except (RuntimeError, ValueError):  # what aten multiplies on a GPU alone
+            continue
+        for _ in range(2):
+            call(*args)
+        given = []
+        for launch in (module.launch, call):
+            gpu.clear()
+            made = launch(*args)
+            given.append([[place(x, (args, made)) for x in kernel] for kernel in gpu])
+        assert given[0] == given[1]
+        compared += len(given[0])
+    assert compared
+
+
+def place(x, tensors):
+    """What a kernel is given; of a number that is in a tensor's memory which, and where in it."""
+    if isinstance(x, Descriptor):
+        return [place(x.base.data_ptr(), tensors), x.shape, x.strides, x.block_shape]
+    if type(x) is not int or x < 2**32:
+        return x
+    for i, t in enumerate(t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)):
+        begin = t.untyped_storage().data_ptr()
+        if begin <= x < begin + t.untyped_storage().nbytes():
+            return i, x - begin
+    return "in between"
 
 
 @pytest.mark.gpu
