@@ -242,17 +242,18 @@ def played(op: Any, launch: Callable[..., Any]) -> Callable[..., Any]:
 
     def without(key: Any, *args: Any) -> Any:
         with _AutoDispatchBelowAutograd():
-            if key not in tapes:
-                if len(tapes) == MOST:
-                    tapes.clear()
-                tapes[key] = None
-            elif tapes[key] is None and not launcher.is_watched():
+            known = tapes.get(key, _nothing)
+            if known is None and not launcher.is_watched():
                 made, tapes[key] = record(launch, args, key[0])
                 return made
+            if key not in tapes:
+                if len(tapes) >= MOST:
+                    tapes.clear()
+                tapes[key] = None
             return launch(*args)
 
-    known = KNOWN | {"_op": op, "_tapes": tapes, "_without": without}
-    return _made("call", ", ".join(parameters), body, known)
+    with_op = KNOWN | {"_op": op, "_tapes": tapes, "_without": without}
+    return _made("call", ", ".join(parameters), body, with_op)
 
 
 def record(
