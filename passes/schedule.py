@@ -4,7 +4,7 @@
   (``lpcompile.peak``). SwiGLU's backward: whether h, for wgrad, and the gradients of gate and up
   are cast one after another, each before its own GEMMs, or at once, which lets go of gate, up and
   the gradient of h; whether dX comes before dW, and when x is narrowed for wgrad. One kernel casts
-  several, and reads their inputs once, where the peak is no higher for it.
+  several, and reads their inputs once, where the peak is not above the least by a thousandth.
 - What is quantized from inputs of the graph that are held anyway (weights, above all) is quantized
   right before the first GEMM that reads it: a copy made early is held beside them.
 

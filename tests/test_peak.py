@@ -10,9 +10,10 @@ from torch._functorch import config as functorch_config
 from torch._subclasses import FakeTensorMode
 
 from lpcompile import ops, peak, pipeline
-from lpcompile.bench.models import EXPERTS, built, experts_layer
+from lpcompile.bench.models import EXPERTS, LLAMAS, built, experts_layer, llama_layer
 from lpcompile.explain import trace
 from lpcompile.graph import aten, call
+from lpcompile.ops import pointwise
 from lpcompile.options import parse
 from lpcompile.peak import Memory, Part, Step
 
@@ -27,12 +28,11 @@ BF16 = {
 }
 
 
-def backward_of(monkeypatch, name, recipe):
-    """The backward of a model of experts, as the passes leave it, of fake tensors."""
+def backward_of(monkeypatch, layer, recipe):
+    """The backward of a layer, as the passes leave it, of fake tensors."""
     seen = []
     look = ("look", lambda graph: seen.append(graph) or 0)
     monkeypatch.setattr(pipeline, "AFTER_THE_CUT", [*pipeline.AFTER_THE_CUT, look])
-    layer = experts_layer(EXPERTS[name], ragged=False)
     options = parse({"recipe": recipe, "rewrite": "all", "codegen": "eager"})
     meta = torch.device("meta")
     with functorch_config.patch(force_non_lazy_backward_lowering=True):
@@ -41,13 +41,31 @@ def backward_of(monkeypatch, name, recipe):
     return backward
 
 
+def highest(graph):
+    return max(Memory(graph).lives(list(graph.nodes)))
+
+
 @pytest.mark.parametrize("name", BF16)
 def test_experts_hold_no_more_than_in_bf16(monkeypatch, name):
-    backward = backward_of(monkeypatch, name, "fp8_rowwise")
-    assert max(Memory(backward).lives(list(backward.nodes))) / GIB < BF16[name] + 0.005
+    layer = experts_layer(EXPERTS[name], ragged=False)
+    backward = backward_of(monkeypatch, layer, "fp8_rowwise")
+    assert highest(backward) / GIB < BF16[name] + 0.005
     amaxes = [n.args[2] for n in backward.nodes if n.target is ops.fused_amax.op]
     # h's by themselves only where its wgrad has to come before the gradient of h.
     assert sorted(map(len, amaxes)) == ([1, 2, 4] if name.endswith("ep8") else [2, 5])
+
+
+@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_tensorwise"])
+def test_all_maxima_of_swiglu_are_one_read_for_a_thousandth_of_the_peak(monkeypatch, recipe):
+    layer, peaks, results = llama_layer("ffn", LLAMAS["llama3-8b"]), [], []
+    for slack in (0, peak.SLACK):
+        monkeypatch.setattr(peak, "SLACK", slack)
+        backward = backward_of(monkeypatch, layer, recipe)
+        peaks.append(highest(backward))
+        programs = [n.args[1] for n in backward.nodes if n.target is ops.fused_amax.op]
+        results.append(max(len(pointwise.parse(p).results) for p in programs))
+    assert results == ([2, 3] if recipe == "fp8_rowwise" else [1, 2])
+    assert 1 < peaks[1] / peaks[0] < 1.001
 
 
 def traced(*calls):
