@@ -121,9 +121,14 @@ def encode(amax, LIMIT: tl.constexpr, POW2: tl.constexpr):
 
 
 @triton.jit
-def decode(scale):
+def decode(scale, POW2: tl.constexpr):
     """The reciprocal of an encode scale, with the one NaN that torch writes."""
-    return tl.where(scale == scale, tl.div_rn(1.0, scale), float("nan"))
+    if POW2:
+        # 2^-n for 2^n, n from -120 to 55; ``tl.div_rn`` calls a function, see ``quotient``
+        inverse = (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    else:
+        inverse = tl.div_rn(1.0, scale)
+    return tl.where(scale == scale, inverse, float("nan"))
 
 
 @triton.jit

@@ -6,6 +6,7 @@ tile would compute of its amax is computed once, by the kernel of the scales; on
 every program computes for itself, which spares that kernel where there is no other.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lpcompile.ops import fp8, pointwise, tile_source
@@ -24,7 +25,7 @@ def scales_source(forms: tuple[str, ...]) -> str:
             f"    amax = tl.load(a{i}_ptr + i, mask=i < n{i}, other=0.0)",
             f"    e = fp8.encode(amax, {fp8.MAX[ELEMENTS[form.element]]}, {form.pow2})",
             f"    tl.store(e{i}_ptr + i, e, mask=i < n{i})",
-            f"    tl.store(s{i}_ptr + i, fp8.decode(e), mask=i < n{i})",
+            f"    tl.store(s{i}_ptr + i, fp8.decode(e, {form.pow2}), mask=i < n{i})",
         ]
     names = [
         f"{name}{i}{'' if name == 'n' else '_ptr'}" for i in range(len(forms)) for name in "aesn"
@@ -35,23 +36,35 @@ def scales_source(forms: tuple[str, ...]) -> str:
 def cast_source(program: str, forms: tuple[str, ...], even: bool) -> str:
     """A module with the ``kernel`` of ``fused_cast``, of tiles of BM rows and BC columns.
 
+    Of blocks a tile is kept in bf16, row by row cast before the next is made, for x.T at the end.
+
     It goes COLUMNS columns to the right, so that the group of a tile is found once.
     even: C is a multiple of BC, so that nothing is masked.
     """
     named, parsed = pointwise.parse(program), [parse_form(f) for f in forms]
-    grouped = is_grouped(forms)
+    grouped, packed = is_grouped(forms), parsed[0].kind in BLOCKS
     rows = 4 if any(form.way != "n" for form in parsed) else 1
+    pieces = [
+        _Piece(i, form, j, len(named.parts[form.result]), rows, even)
+        for i, form in enumerate(parsed)
+        for j in range(len(named.parts[form.result]))
+    ]
     tile = ["c = start + tl.arange(0, BC)"]
     for k in range(rows):
         tile.append(f"m = tl.minimum(t + {k}, last - 1)")
-        tile += [f"m{k} = m", *tile_source.tile(named, even, rounded=True, rows_exist=True)]
+        tile += [f"m{k} = m", *tile_source.tile(named, even, not packed, rows_exist=True)]
         for r in sorted({form.result for form in parsed}):
             for j, name in enumerate(named.parts[r]):
-                tile.append(f"x{r}_{j}_{k} = {tile_source.live(f'f_{name}', even)}")
-    for i, form in enumerate(parsed):
-        parts = len(named.parts[form.result])
-        for j in range(parts):
-            tile += _cast(_Piece(i, form, j, parts, rows, even))
+                tile.append(f"x{r}_{j}_{k} = {_held(name, even, packed)}")
+        for piece in pieces:
+            if piece.in_rows:
+                tile += [*_block_scale(piece, [k]), *_cast_rows(piece, [k])]
+    for piece in pieces:
+        if piece.in_rows:
+            tile += _store_row_scales(piece)
+        else:
+            cast = _cast_rows if piece.form.way == "n" else _cast_columns
+            tile += [*_scale(piece), *cast(piece, range(rows))]
     body = [
         *_place(parsed, rows, grouped),
         *(line for i, form in enumerate(parsed) if form.kind in WHOLE for line in _one(i, form)),
@@ -86,7 +99,7 @@ def _one(i: int, form: Form) -> list[str]:
     return [
         f"e{i} = fp8.encode(tl.load(a{i}_ptr), {fp8.MAX[ELEMENTS[form.element]]}, {form.pow2})",
         "if (tl.program_id(1) == 0) & (tl.program_id(0) == 0):",
-        f"    tl.store(s{i}_ptr, fp8.decode(e{i}))",
+        f"    tl.store(s{i}_ptr, fp8.decode(e{i}, {form.pow2}))",
     ]
 
 
@@ -149,44 +162,69 @@ class _Piece:
         """The k-th tile of the part."""
         return f"x{self.form.result}_{self.j}_{k}"
 
+    @property
+    def block(self) -> str:
+        """The block of columns of the tile in the whole result."""
+        return "start // BC" + (f" + {self.j} * (C // BC)" if self.j else "")
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether a block is one row of the tile, which is cast before the next rows are made."""
+        return self.form.kind == "block" and self.form.way == "n"
+
+    def scaled(self, k: int, e: str) -> str:
+        """The k-th tile of the part by its encode scales, fp32."""
+        x = self.x(k)
+        if self.form.kind in BLOCKS:
+            # In other words for x than for x.T: were it one value, it would be held in fp32.
+            x = f"{x}.to(tl.float32)" if self.in_rows else f"turned.widened({x})"
+        return tile_source.live(f"{x} * {e}", self.even)
+
     def masked(self, *conditions: str) -> str:
         """The mask of a load or store: nothing where everything is even."""
         live = [c for c in conditions if c]
         return f", mask={' & '.join(live)}" if live else ""
 
 
-def _cast(piece: _Piece) -> list[str]:
-    """Lines that quantize a part of a tile: values q, and of blocks the decode scales s."""
-    i, form, u = piece.i, piece.form, f"{piece.i}_{piece.j}"
-    element = tile_source.TRITON[form.element]
-    lines, scaled = _scale(piece), []
-    for k in range(piece.rows):
-        e = f"e{u}"
-        if form.kind == "row" and form.way == "n":
-            e = f"tl.load(e{i}_ptr + m{k})[:, None]"
-        scaled.append(tile_source.live(f"{piece.x(k)} * {e}", piece.even))
-    live = "" if piece.even else "(c < C)"
-    if form.way != "n":
-        word = f'fp8.narrow4({", ".join(scaled)}, "{form.element}") & keep'
-        at = f"{piece.column}[:, None].to(tl.int64) * (TP // 16 * 4) + to[None, :]"
-        mask = piece.masked(f"{live}[:, None]" if live else "", "(to < stop)[None, :]")
-        words = f"q{i}_ptr.to(tl.pointer_type(tl.int32))"
-        return [*lines, f"tl.store({words} + {at}, tl.trans({word}){mask})"]
+def _held(name: str, even: bool, packed: bool) -> str:
+    """What is kept of a result's tile until it is cast: fp32, or packed in bf16."""
+    if not packed:
+        return tile_source.live(f"f_{name}", even)
+    return name if name[0] == "i" else f"pointwise.narrowed({tile_source.live(f'f_{name}', even)})"
+
+
+def _cast_rows(piece: _Piece, strips: Iterable[int]) -> list[str]:
+    """Lines that store values q of x."""
+    i, form, e, lines = piece.i, piece.form, f"e{piece.i}_{piece.j}", []
     padded = f"(({piece.width} + 15) // 16 * 16)"
     last = piece.j + 1 == piece.parts
     end = f"{padded} - {piece.j} * C" if last else "C"
     mask = "" if piece.even else f", mask=(c < {end})[None, :]"
-    for k, y in enumerate(scaled):
+    for k in strips:
+        if form.kind == "row":
+            e = f"tl.load(e{i}_ptr + m{k})[:, None]"
+        y = f"fp8.narrow({piece.scaled(k, e)}, {tile_source.TRITON[form.element]})"
         at = f"m{k}[:, None].to(tl.int64) * {padded} + {piece.column}[None, :]"
-        lines.append(f"tl.store(q{i}_ptr + {at}, fp8.narrow({y}, {element}){mask})")
+        lines.append(f"tl.store(q{i}_ptr + {at}, {y}{mask})")
     return lines
+
+
+def _cast_columns(piece: _Piece, strips: Iterable[int]) -> list[str]:
+    """Lines that store values q of x.T."""
+    i, form = piece.i, piece.form
+    scaled = ", ".join(piece.scaled(k, f"e{i}_{piece.j}") for k in strips)
+    word = f'fp8.narrow4({scaled}, "{form.element}") & keep'
+    at = f"{piece.column}[:, None].to(tl.int64) * (TP // 16 * 4) + to[None, :]"
+    mask = piece.masked("" if piece.even else "(c < C)[:, None]", "(to < stop)[None, :]")
+    words = f"q{i}_ptr.to(tl.pointer_type(tl.int32))"
+    return [f"tl.store({words} + {at}, tl.trans({word}){mask})"]
 
 
 def _scale(piece: _Piece) -> list[str]:
     """Lines that load or make the encode scales of a form's part, but those of rows."""
     form, i, u = piece.form, piece.i, f"{piece.i}_{piece.j}"
     if form.kind in BLOCKS:
-        return _block_scale(piece)
+        return _block_scale(piece, range(piece.rows))
     if form.kind in WHOLE:
         return [f"e{u} = e{i}"]
     if form.way == "n":
@@ -198,39 +236,49 @@ def _scale(piece: _Piece) -> list[str]:
     return [f"e{u} = tl.load(e{i}_ptr + {at}{mask})[None, :]"]
 
 
-def _block_scale(piece: _Piece) -> list[str]:
-    """Lines that take the amax of a block of the tile, and store its decode scale."""
+def _block_scale(piece: _Piece, strips: Sequence[int]) -> list[str]:
+    """Lines that make the encode scale of a block of the tile, and store what decodes it.
+
+    But of rows, whose strips are one store at the end: between them threads would wait.
+    """
     form, i, u = piece.form, piece.i, f"{piece.i}_{piece.j}"
-    axis = 1 if form.kind == "block" and form.way == "n" else 0
-    amax = f"tl.abs({piece.x(0)})"
-    for k in range(1, piece.rows):
-        amax = f"fp8.larger({amax}, tl.abs({piece.x(k)}))"
-    amax = f"tl.reduce({amax}, {axis}, fp8.larger)"
+    first, *others = (piece.x(k) for k in strips)
+    for x in others:
+        first = f"turned.larger({first}, {x})"
+    amax = f"tl.reduce(tl.abs({first}.to(tl.float32)), {int(piece.in_rows)}, fp8.larger)"
     if form.kind == "square":
         amax = f"tl.reduce({amax}, 0, fp8.larger)"
     if form.way == "g":
         amax = f"tl.where(group < E, {amax}, 0.0)"
-    spread = {"square": ""}.get(form.kind, "[:, None]" if axis else "[None, :]")
+    encode = f"fp8.encode({amax}, {fp8.MAX[ELEMENTS[form.element]]}, {form.pow2})"
+    if piece.in_rows:
+        return [f"d{u}_{strips[0]} = {encode}", f"e{u} = d{u}_{strips[0]}[:, None]"]
     at, mask = _of_block(piece)
-    limit = fp8.MAX[ELEMENTS[form.element]]
     return [
-        f"d{u} = fp8.encode({amax}, {limit}, {form.pow2})",
-        f"tl.store(s{i}_ptr + {at}, fp8.decode(d{u}){mask})",
-        f"e{u} = d{u}{spread}",
+        f"d{u} = {encode}",
+        f"tl.store(s{i}_ptr + {at}, fp8.decode(d{u}, {form.pow2}){mask})",
+        f"e{u} = d{u}{'' if form.kind == 'square' else '[None, :]'}",
     ]
 
 
+def _store_row_scales(piece: _Piece) -> list[str]:
+    """Lines that store the decode scales of a tile's rows."""
+    i, u, m, d = piece.i, f"{piece.i}_{piece.j}", "m0", f"d{piece.i}_{piece.j}_0"
+    if piece.rows > 1:
+        m = "tl.minimum(first + index * BM + tl.arange(0, BM), last - 1)"
+        d = f"({', '.join(f'd{u}_{k}' for k in range(piece.rows))})"
+        d = f"tl.reshape(turned.joined(turned.joined({d}, 2), 1)[0], (BM,))"
+    return [f"tl.store(s{i}_ptr + ({piece.block}) * M + {m}, fp8.decode({d}, {piece.form.pow2}))"]
+
+
 def _of_block(piece: _Piece) -> tuple[str, str]:
-    """Where the scale of a block of the tile lies, and the mask of its store."""
+    """Where the scales of a tile that is one block, or of its columns, lie; the store's mask."""
     form, live = piece.form, "" if piece.even else "(c < C)"
-    column = "start // BC" + (f" + {piece.j} * (C // BC)" if piece.j else "")
     if form.kind == "square":
-        row, column, size = "tile", column, piece.width
+        row, column, size = "tile", piece.block, piece.width
         if form.way == "t":
             row, column, size = column, row, "M"
         return f"({row}) * ((({size} + 127) // 128 + 3) // 4 * 4) + {column}", ""
-    if form.way == "n":
-        return f"({column}) * M + m0", ""
     block = "(begin // BM + index)" if form.way == "g" else "tile"
     exists = "(begin + index * BM < TP)" if form.way == "g" else ""
     return f"{block}.to(tl.int64) * {piece.width} + {piece.column}", piece.masked(live, exists)

@@ -88,7 +88,7 @@ def row_source(program: str, element: str, pow2: bool, even: bool) -> str:
         f"x = {tile_source.live(f'f_{named.results[0]}', even)}",
         *_narrowed(element, pow2, even),
         f"tl.store(q_ptr + m[:, None].to(tl.int64) * CP + c[None, :], n{masked})",
-        f"tl.store(s_ptr + m, fp8.decode(e){'' if even else ', mask=m < M'})",
+        f"tl.store(s_ptr + m, fp8.decode(e, {pow2}){'' if even else ', mask=m < M'})",
     ]
     sizes = ["M", "C", "BM: tl.constexpr", "BC: tl.constexpr"]
     kernel = tile_source.function([*tile_source.pointers(named), "q_ptr", "s_ptr", *sizes], body)
@@ -128,7 +128,7 @@ def walk_source(program: str, element: str, pow2: bool, grouped: bool, even: boo
         "best = fp8.larger(best, tl.reduce(tl.abs(x), 0, fp8.larger))",
         *_narrowed(element, pow2, even),
         f"tl.store(q_ptr + m[:, None].to(tl.int64) * CP + c[None, :], n{masked})",
-        "tl.store(s_ptr + m, fp8.decode(e))",
+        f"tl.store(s_ptr + m, fp8.decode(e, {pow2}))",
     ]
     body = [
         *where,

@@ -96,7 +96,7 @@ def kernel(
     turned.write(at, fp8.narrow(scaled, ELEMENT), live, EVEN)
     row = down + tl.zeros_like(r) if SQUARE else r  # every lane writes a square's
     to = e * scales_stride_e + row * scales_stride_r + across.to(tl.int64) * scales_stride_c
-    tl.store(scales_ptr + to, fp8.decode(scale), mask=r < R)
+    tl.store(scales_ptr + to, fp8.decode(scale, POW2), mask=r < R)
 
 
 # (transposed, shared by rows) -> BR, RUN, warps

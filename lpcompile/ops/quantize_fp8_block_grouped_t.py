@@ -93,7 +93,7 @@ def kernel(
         out = c[:, None].to(tl.int64) * TP + to[None, :]
         tl.store(values_ptr + out, fp8.narrow(scaled, ELEMENT), mask=(c < C)[:, None])
         at = block.to(tl.int64) * C + c
-        tl.store(scales_ptr + at, fp8.decode(scale), mask=c < C)
+        tl.store(scales_ptr + at, fp8.decode(scale, POW2), mask=c < C)
 
 
 def launch(

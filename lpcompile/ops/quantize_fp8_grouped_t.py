@@ -115,11 +115,11 @@ def kernel(
     tl.store(values_ptr + out, fp8.narrow(scaled, ELEMENT), mask=live)
     if ONE:
         if (tile == 0) & (tl.program_id(0) == 0):
-            tl.store(scales_ptr, fp8.decode(fp8.encode(tl.load(amax_ptr), LIMIT, POW2)))
+            tl.store(scales_ptr, fp8.decode(fp8.encode(tl.load(amax_ptr), LIMIT, POW2), POW2))
     elif tile < E:  # tile e writes the scales of group e, empty or not
         at = tile.to(tl.int64) * C + c
         amax = tl.load(amax_ptr + at, mask=c < C, other=0.0)
-        tl.store(scales_ptr + at, fp8.decode(fp8.encode(amax, LIMIT, POW2)), mask=c < C)
+        tl.store(scales_ptr + at, fp8.decode(fp8.encode(amax, LIMIT, POW2), POW2), mask=c < C)
 
 
 def launch(

@@ -74,7 +74,7 @@ def kernel(
         for first in range(0, CP, BC):
             x = turned.load(x_ptr, r, first, R, C, stride_r, stride_c, BC, RUN, EVEN)
             store(x, scale, out, r, first + tl.arange(0, BC), R, C, CP, ELEMENT, EVEN)
-    tl.store(scales_ptr + e * R + r, fp8.decode(scale), mask=r < R)
+    tl.store(scales_ptr + e * R + r, fp8.decode(scale, POW2), mask=r < R)
 
 
 @triton.jit

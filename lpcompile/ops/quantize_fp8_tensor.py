@@ -79,7 +79,7 @@ def kernel(
     live = (r < R)[:, None] & (c < CP)[None, :]
     turned.write(at, fp8.narrow(scaled, ELEMENT), live, EVEN)
     if across == 0:
-        tl.store(scales_ptr + of, fp8.decode(scale), mask=r < R)
+        tl.store(scales_ptr + of, fp8.decode(scale, POW2), mask=r < R)
 
 
 def fill(

@@ -33,7 +33,7 @@ def module(program: str, wanted: tuple[str, ...], kernel: str) -> str:
     """The source of a module: what is computed, what is wanted of it, and the kernel."""
     doc = '"""' + program + "\n\n" + "\n".join(wanted) + '\n"""'
     imports = "import triton\nimport triton.language as tl\n\n"
-    imports += "from lpcompile.ops import fp8, groups, pointwise"
+    imports += "from lpcompile.ops import fp8, groups, pointwise, turned"
     return "\n\n".join([doc, imports, kernel]) + "\n"
 
 

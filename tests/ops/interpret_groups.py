@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 import triton.language as tl
-from interpreter import hurry, narrow4, rounded
+from interpreter import hurry, larger, narrow4, narrowed, rounded, widened
 
 from lpcompile import ops
 from lpcompile.ops import (
@@ -19,6 +19,7 @@ from lpcompile.ops import (
     fused_source,
     grouped_gemm,
     pointwise,
+    turned,
 )
 from lpcompile.ops.define import per_column, same_bits
 
@@ -26,13 +27,16 @@ E4M3, WIDE = torch.float8_e4m3fn, torch.float32
 fp8.MAX[WIDE], fp8.TRITON[WIDE] = fp8.MAX[E4M3], tl.float32
 
 
-fp8.narrow4, pointwise.rounded = narrow4, rounded
+fp8.narrow4, pointwise.rounded, pointwise.narrowed = narrow4, rounded, narrowed
+turned.larger, turned.widened = larger, widened
 grouped_gemm.suits_warpgroups = lambda *args: False  # there is no interpreter of Gluon
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 blocks.runs_native = lambda x: False
 # In fp32, for its dot; only what launches a product calls it here.
 block_scaled_grouped.dequantize = SimpleNamespace(op=lambda *side: ops.dequantize.op(*side).float())
-torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=5)
+torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(
+    multi_processor_count=5, shared_memory_per_block_optin=2**17
+)
 
 
 def check(said, what):
@@ -59,6 +63,7 @@ FORMS = (
     ["0 row e4m3 pow2 n", "0 row e4m3 pow2 g", "1 row e4m3 pow2 g", "1 row e4m3 pow2 t"],
     ["0 tokens e4m3 pow2 n", "0 tokens e4m3 pow2 g"],
     ["0 block e4m3 pow2 n", "0 block e4m3 pow2 g", "1 block e4m3 pow2 g"],
+    ["0 block e4m3 pow2 t", "1 block e4m3 pow2 t", "1 block e4m3 pow2 n"],
 )
 
 

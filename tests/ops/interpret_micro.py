@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from interpreter import hurry, narrow4, rounded
+from interpreter import hurry, larger, narrow4, narrowed, rounded, widened
 from triton.runtime import interpreter
 
 from lpcompile import ops
@@ -48,27 +48,12 @@ def rounded_by_torch(x, input_dtype, output_dtype, rounding_mode):
 
 
 @triton.jit
-def widened(x):
-    return x.to(tl.float32)
-
-
-@triton.jit
-def narrowed(x):
-    return x.to(tl.bfloat16)
-
-
-@triton.jit
 def up(a, b, c):
     exact = a.to(tl.float64) * b + c
     near = exact.to(tl.float32)
     bits = near.to(tl.int32, bitcast=True)
     above = tl.where(near > 0, bits + 1, tl.where(near < 0, bits - 1, 1))
     return tl.where(near < exact, above.to(tl.float32, bitcast=True), near)
-
-
-@triton.jit
-def larger(a, b):
-    return tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

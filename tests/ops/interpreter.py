@@ -62,3 +62,21 @@ def narrow4(a, b, c, d, ELEMENT: tl.constexpr):
         byte = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
         word = word | (byte.to(tl.int32) << 8 * i)
     return word
+
+
+@triton.jit
+def widened(x):
+    """``turned.widened`` without inline assembly, which the interpreter has not."""
+    return x.to(tl.float32)
+
+
+@triton.jit
+def narrowed(x):
+    """``pointwise.narrowed`` likewise."""
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
+def larger(a, b):
+    """``turned.larger`` likewise, but for its sign."""
+    return tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)

@@ -36,6 +36,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(fp8, "runs_triton", lambda x: True)
     monkeypatch.setattr(blocks, "runs_native", lambda x: False)
     monkeypatch.setattr(device, "processors", lambda x: 132)
+    monkeypatch.setattr(device, "shared_memory", lambda x: 2**17)
     monkeypatch.setattr(JITFunction, "run", run)
     return made
 

@@ -293,6 +293,7 @@ def test_the_kernels_of_an_op_get_from_its_tape_what_its_launch_gives_them(
     monkeypatch.setattr(blocks, "runs_native", lambda x: False)
     monkeypatch.setattr(device, "capability", lambda x: (9, 0))
     monkeypatch.setattr(device, "processors", lambda x: 132)
+    monkeypatch.setattr(device, "shared_memory", lambda x: 2**17)
     call, compared = tape.played(module.op, module.launch), 0
     for args in module.samples("cpu"):
         try:
