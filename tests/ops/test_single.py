@@ -7,6 +7,7 @@ padding beside a single element, if Triton compiles a size of 1 as a constant.
 import re
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -38,6 +39,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(device, "processors", lambda x: 132)
     monkeypatch.setattr(device, "shared_memory", lambda x: 2**17)
     monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     return made
 
 
