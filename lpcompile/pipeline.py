@@ -40,6 +40,7 @@ from lpcompile.passes import (
     grouped_mm,
     hoist,
     linear,
+    pair_amax,
     schedule,
 )
 from lpcompile.recipes import get_recipe
@@ -138,6 +139,7 @@ class JointPass(CustomGraphPass):
             ("linear", partial(linear.rewrite, choices, late)),
             ("grouped_mm", partial(grouped_mm.rewrite, choices, late)),
             ("hoist", partial(hoist.run, graph)),  # reads what they wrote
+            ("pair_amax", partial(pair_amax.run, graph)),  # of what hoist left in its place
         ]
         if not flow.gradients:
             steps.append(("deduplicate", partial(deduplicate.run, graph)))

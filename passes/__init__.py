@@ -11,6 +11,7 @@ from lpcompile.passes import (
     grouped_mm,
     hoist,
     linear,
+    pair_amax,
     schedule,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "grouped_mm",
     "hoist",
     "linear",
+    "pair_amax",
     "schedule",
 ]
 

@@ -186,6 +186,7 @@ def test_every_graph_of_a_module_runs_and_prints_its_outputs(tmp_path):
         "graph_0/joint_1_linear.py",
         "graph_0/joint_2_grouped_mm.py",
         "graph_0/joint_3_hoist.py",
+        "graph_0/joint_4_pair_amax.py",
         "graph_1/forward_0_post_grad.py",
         "graph_1/forward_1_fuse_columns.py",
         "graph_1/forward_2_fuse.py",
@@ -197,7 +198,8 @@ def test_every_graph_of_a_module_runs_and_prints_its_outputs(tmp_path):
         "graph_1/joint_1_linear.py",
         "graph_1/joint_2_grouped_mm.py",
         "graph_1/joint_3_hoist.py",
-        "graph_1/joint_4_deduplicate.py",
+        "graph_1/joint_4_pair_amax.py",
+        "graph_1/joint_5_deduplicate.py",
     ]
     grads = [f"torch.bfloat16 {list(p.shape)}" for p in (*model.parameters(), x)]
     for name in ("backward", "backward_2_fuse", "joint_0_traced", "joint_1_linear"):

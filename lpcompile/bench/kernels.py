@@ -145,6 +145,7 @@ KERNELS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
     ops.amax_column: _alone,
     ops.amax_column_grouped: _grouped,
     ops.amax_group: _grouped_alone,
+    ops.amax_group_both: _grouped_signs,
     ops.amax_tensor: _alone,
     ops.amax_tensor_grouped: _grouped,
     ops.dequantize: _dequantized,

@@ -20,6 +20,7 @@ from lpcompile.ops import (
     groups,
     hadamard,
     micro_tile,
+    turned,
 )
 from lpcompile.ops.define import cdiv, define, next_power_of_2, same_bits
 from lpcompile.ops.launcher import cached
@@ -43,6 +44,7 @@ def kernel(
     x_ptr,
     offs_ptr,
     amax_ptr,
+    tokens_ptr,
     E,
     C,
     stride_t,
@@ -59,6 +61,7 @@ def kernel(
         c = tl.program_id(0) * BC + tl.arange(0, BC)
         begin = first + index * ROWS
         best = tl.zeros([BN, BC], tl.float32)
+        plain = tl.zeros([BN, BC], tl.float32)
         for start in range(begin, tl.minimum(begin + ROWS, last), BN * 16):
             run = start + tl.arange(0, BN) * 16
             if SIGNS is None:
@@ -66,25 +69,37 @@ def kernel(
                 rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 16, whole)
             else:  # masks are no more than what two ways to load cost its registers
                 rows = group_tile.load(x_ptr, run, last, c, C, stride_t, stride_c, 16, False)
+                if tokens_ptr is not None:
+                    plain = fp8.larger(plain, turned.amax(rows))
                 rows = hadamard.summed(rows, SIGNS)
             best = micro_tile.largest(rows, best)
         amax = tl.reduce(tl.reduce(best, 0, fp8.larger), 0, fp8.larger)
         if SIGNS is not None:
             amax *= 0.25  # and rounded once: both keep order
         tl.atomic_max(amax_ptr + group, fp8.bits_of_amax(amax), sem="relaxed")
+        if tokens_ptr is not None:
+            amax = tl.reduce(tl.reduce(plain, 0, fp8.larger), 0, fp8.larger)
+            tl.atomic_max(tokens_ptr, fp8.bits_of_amax(amax), sem="relaxed")
 
 
 def launch(x: Tensor, offs: Tensor, signs: int | None) -> Tensor:
+    amax = torch.zeros(offs.shape, dtype=torch.float32, device=x.device)
+    return fill(x, offs, signs, amax)[0]
+
+
+def fill(
+    x: Tensor, offs: Tensor, signs: int | None, amax: Tensor, tokens: Tensor | None = None
+) -> tuple[Tensor, Any]:
+    """Run the kernel into amax[E], of zeros, and tokens[1], the maximum of x itself: both."""
     (T, C), E = x.shape, offs.shape[0]
-    amax = torch.zeros((E,), dtype=torch.float32, device=x.device)
     if x.numel():
         rows, BN, BC = 256, 1, 256
-        grid = (cdiv(C, BC), cdiv(T, rows) + E)
-        kernel[grid](
-            x, offs, amax.view(torch.int32), E, C, *x.stride(), signs,
+        bits = amax.view(torch.int32), None if tokens is None else tokens.view(torch.int32)
+        kernel[cdiv(C, BC), cdiv(T, rows) + E](
+            x, offs, *bits, E, C, *x.stride(), signs,
             rows, BN, BC, next_power_of_2(E), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    return amax
+    return amax, tokens
 
 
 op = define(
