@@ -77,7 +77,7 @@ def kernel(
 # (transposed, shared by rows) -> tile (BR, BC), RUN, warps
 TILES = {
     (False, False): (4, 1024, 1, 4),
-    (False, True): (32, 256, 1, 4),
+    (False, True): (32, 512, 1, 8),
     (True, False): (64, 256, 32, 8),
     (True, True): (64, 256, 32, 8),
 }
