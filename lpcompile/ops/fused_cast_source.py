@@ -52,7 +52,7 @@ def cast_source(program: str, forms: tuple[str, ...], even: bool) -> str:
     tile = ["c = start + tl.arange(0, BC)"]
     for k in range(rows):
         tile.append(f"m = tl.minimum(t + {k}, last - 1)")
-        tile += [f"m{k} = m", *tile_source.tile(named, even, not packed, rows_exist=True)]
+        tile += [f"m{k} = m", *tile_source.tile(named, even, not packed, rows="")]
         for r in sorted({form.result for form in parsed}):
             for j, name in enumerate(named.parts[r]):
                 tile.append(f"x{r}_{j}_{k} = {_held(name, even, packed)}")

@@ -123,7 +123,7 @@ def walk_source(program: str, element: str, pow2: bool, grouped: bool, even: boo
     of_column = _atomic("a", "", "best", " + group.to(tl.int64) * C + c", " & ".join(live))
     inside = [
         "m = tl.minimum(start + tl.arange(0, BM), end - 1)",
-        *tile_source.tile(named, even, rounded=True, rows_exist=True),
+        *tile_source.tile(named, even, rounded=True, rows=""),
         f"x = {tile_source.live(f'f_{named.results[0]}', even)}",
         "best = fp8.larger(best, tl.reduce(tl.abs(x), 0, fp8.larger))",
         *_narrowed(element, pow2, even),
@@ -155,7 +155,7 @@ def walk_source(program: str, element: str, pow2: bool, grouped: bool, even: boo
 def _amax_kernel(program: pointwise.Program, amaxes: list[str], even: bool) -> str:
     """Every amax by atomic integer maxima, of tiles [BM, BC] down ROWS rows."""
     grouped = is_grouped(amaxes)
-    tile = tile_source.tile(program, even, rounded=False, rows_exist=True)
+    tile = tile_source.tile(program, even, rounded=False, rows="")
     before: list[str] = []
     inside: list[str] = []
     after: list[str] = []

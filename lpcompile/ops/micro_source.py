@@ -131,7 +131,7 @@ def _rows(program: pointwise.Program, wants: set[str], size: int) -> list[str]:
 
 
 def _produce(program: pointwise.Program, m: str) -> str:
-    return f"produce({', '.join(tile_source.pointers(program))}, {m}, c, M, C)"
+    return f"produce({', '.join(tile_source.pointers(program))}, {m}, {m} < M, c, C)"
 
 
 def _store(i: int, form: Form, tile: str, index: str) -> str:
@@ -171,10 +171,10 @@ def _module(
     imports = "import triton\nimport triton.language as tl\n\n"
     imports += "from lpcompile.ops import fp8, groups, hadamard, micro_tile, pointwise"
     imports += ", turned, wide_tile"
-    tile = tile_source.tile(named, even, rounded=False)
+    tile = tile_source.tile(named, even, rounded=False, rows="here")
     results = (_result(r, even or not masked) for r in named.results)
     tile.append(f"return ({''.join(f'{r}, ' for r in results)})")
-    head = ["@triton.jit", f"def produce({', '.join(tile_source.pointers(named))}, m, c, M, C):"]
+    head = ["@triton.jit", f"def produce({', '.join(tile_source.pointers(named))}, m, here, c, C):"]
     producer = "\n".join([*head, *(f"    {line}" for line in tile)])
     sizes = ["BM: tl.constexpr", "BC: tl.constexpr", "NATIVE: tl.constexpr", "EVEN: tl.constexpr"]
     kernel = tile_source.function([*parameters, *sizes], body)

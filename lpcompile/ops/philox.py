@@ -50,31 +50,46 @@ def product(a, M: tl.constexpr):
 
 
 @triton.jit
+def halves(wide):
+    """uint64 -> its halves, upper first; LLVM, which does not see what this is, keeps them apart.
+
+    It would make one of 64 bits of the exclusive-or with a key and of the product after it.
+    """
+    return tl.inline_asm_elementwise(
+        "mov.b64 {$1, $0}, $2;", "=r,=r,l", [wide],
+        dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def tile_words(seed, draw, index, k: tl.constexpr = 0):
     """``words`` of a tile: of elements index[...] + k, seed int64, index uint32 or int64 -> uint32.
 
     What several k share of the first product is computed once: a uint32 index + k does not wrap.
+    So is what all elements share, which in the first two rounds is half of the counter.
     """
-    if index.dtype.primitive_bitwidth == 64:
-        c0 = (index + k).to(tl.uint32)
-        c1 = ((index + k) >> 32).to(tl.uint32)
-        high0, low0 = product(c0, 0xD2511F53)
-    else:
-        c1 = index * 0
-        first = index.to(tl.uint64) * 0xD2511F53 + k * 0xD2511F53
-        high0 = (first >> 32).to(tl.uint32)
-        low0 = first.to(tl.uint32)
-    high1, low1 = product(c1 * 0 + tl.cast(draw, tl.uint32), 0xCD9E8D57)
-    c3 = c1 * 0
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(9):
-        c0 = high1 ^ c1 ^ k0
-        c2 = high0 ^ c3 ^ k1
-        c1 = low1
-        c3 = low0
-        high0, low0 = product(c0, 0xD2511F53)
-        high1, low1 = product(c2, 0xCD9E8D57)
+    high1, low1 = product(tl.cast(draw, tl.uint32), 0xCD9E8D57)
+    c0 = high1 ^ k0
+    if index.dtype.primitive_bitwidth == 64:
+        c0 ^= ((index + k) >> 32).to(tl.uint32)
+        high0, low0 = product((index + k).to(tl.uint32), 0xD2511F53)
+    else:
+        first = index.to(tl.uint64) * 0xD2511F53 + k * 0xD2511F53
+        high0, low0 = halves(first)
+    c2 = high0 ^ k1
+    c1 = low1
+    c3 = low0
+    for i in tl.static_range(8):
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
+        high0, low0 = product(c0, 0xD2511F53)
+        high1, low1 = product(c2, 0xCD9E8D57)
+        c0 = high1 ^ (c1 ^ k0)
+        c2 = (high0 ^ k1) ^ c3 if i == 0 else high0 ^ (c3 ^ k1)
+        c1 = low1
+        c3 = low0
+    k0 += 0x9E3779B9
+    high1, low1 = product(c2, 0xCD9E8D57)
     return high1 ^ c1 ^ k0

@@ -37,19 +37,17 @@ def module(program: str, wanted: tuple[str, ...], kernel: str) -> str:
     return "\n\n".join([doc, imports, kernel]) + "\n"
 
 
-def tile(
-    program: pointwise.Program, even: bool, rounded: bool, rows_exist: bool = False
-) -> list[str]:
+def tile(program: pointwise.Program, even: bool, rounded: bool, rows: str = "m < M") -> list[str]:
     """Lines that load a tile's inputs and compute its results.
 
-    rows_exist: every m is a row, so that only columns are masked.
+    rows: which m there are; empty where all are, so that only columns are masked.
     """
     masks = ("", "", "")
     lines = ["at = m[:, None].to(tl.int64) * C + c[None, :]"]
     if not even:
-        lines.append(f"live = {'' if rows_exist else '(m < M)[:, None] & '}(c < C)[None, :]")
-        rows = "" if rows_exist else ", mask=m < M, other=0.0"
-        masks = (", mask=live, other=0.0", rows, ", mask=c < C, other=0.0")
+        lines.append(f"live = {f'({rows})[:, None] & ' if rows else ''}(c < C)[None, :]")
+        of_rows = f", mask={rows}, other=0.0" if rows else ""
+        masks = (", mask=live, other=0.0", of_rows, ", mask=c < C, other=0.0")
     for i, kind in enumerate(program.kinds):
         lines.append(f"i{i} = {_LOADS[kind].format(i, *masks)}")
     return lines + pointwise.to_triton(program, rounded)

@@ -36,7 +36,9 @@ def source(program: str, forms: tuple[str, ...], even: bool, index: str) -> str:
         pointers += [f"draw{i}"] * (form.draw is not None)
     if any(form.draw is not None for form in parsed):
         pointers.append("seed_ptr")
-    sizes = ["M", "C", "COLUMNS: tl.constexpr", "STAGES: tl.constexpr"]
+    # The transform has 16 rows in a thread, which a known C puts at known distances.
+    width = "C: tl.constexpr" if parsed[0].way in TRANSFORMED else "C"
+    sizes = ["M", width, "COLUMNS: tl.constexpr", "STAGES: tl.constexpr"]
     if grouped:
         sizes = ["place_ptr", "E", "TP", *sizes]
     before = ["seed = tl.load(seed_ptr)"] * any(form.draw is not None for form in parsed)
@@ -44,9 +46,9 @@ def source(program: str, forms: tuple[str, ...], even: bool, index: str) -> str:
         if form.amax:
             amax = "group, mask=group < E, other=0.0" if form.way in GROUPED else "e"
             before.append(f"amax{i} = tl.load(a{i}_ptr + {amax})")
-    tile = ["c = start + tl.arange(0, BC)"]
+    tile = ["c = start + tl.arange(0, BC)", "eight = start + tl.arange(0, BC // 8) * 8"]
     if any(form.way not in TRANSFORMED for form in parsed):
-        tile.append(f"x = {_produce(named, 'm', 'last')}")
+        tile.append(f"x = {_produce(named, 'm', 'm < last')}")
     for i, form in enumerate(parsed):
         tile += _form(i, form, named, index, grouped)
     loop = [_LOOP, *(f"    {line}" for line in tile)]
@@ -69,7 +71,7 @@ def source(program: str, forms: tuple[str, ...], even: bool, index: str) -> str:
     return micro_source._module(program, forms, named, [*pointers, *sizes], body, even, masked)
 
 
-_ZEROS = "tl.zeros([BM, BC], tl.float32)"
+_ZEROS = "tl.zeros([BM, BC], tl.int16)"
 _LOOP = "for start in tl.range(begin_of_columns, end_of_columns, BC, num_stages=STAGES):"
 # Rows m of the results, from ``top``, before ``last``; and rows ``to``, from ``to_top``, before
 # ``stop``, of what is padded along them.
@@ -116,18 +118,20 @@ def _form(i: int, form: Form, program: pointwise.Program, index: str, grouped: b
     tile = f"x[{form.result}]"
     if form.size == 32:
         how = f"{fp8.MAX[E4M3]}, {mx.EXPONENT[E4M3]}, {form.how == 'floor'}"
-        made = f"wide_tile.mxfp8({tile}, {how}, {blocks})"
+        made = f"wide_tile.mxfp8({tile}, {how}, {blocks}, NATIVE)"
     else:
         r = "to[:, None]" if form.way == "g" else "m[:, None]"
-        at = _INDEX[form.way].format(r=r, c="c[None, :]", index=index)
-        made = f"wide_tile.nvfp4({tile}, amax{i}, {at}, {seed}, {blocks})"
+        # Of each element, or along rows of the first of eight.
+        c = "eight[None, :]" if form.way == "n" else "c[None, :]"
+        at = _INDEX[form.way].format(r=r, c=c, index=index)
+        made = f"wide_tile.nvfp4({tile}, amax{i}, {at}, {seed}, {blocks}, NATIVE)"
     even = "False" if grouped and form.way == "n" else "EVEN"
     store = [_store(i, made, form.way, even)]
     return _unless_padding(store, [_store(i, _ZEROS, "g")]) if form.way == "g" else store
 
 
 def _store(i: int, tile: str, way: str, even: str = "EVEN") -> str:
-    return f"wide_tile.store(w{i}_ptr, {tile}, {_PLACE[way]}, NATIVE, {even})"
+    return f"wide_tile.store(w{i}_ptr, {tile}, {_PLACE[way]}, {even})"
 
 
 def _unless_padding(lines: list[str], zeros: list[str]) -> list[str]:
@@ -140,10 +144,11 @@ def _transformed(
     i: int, form: Form, program: pointwise.Program, index: str, seed: str
 ) -> list[str]:
     """Lines that make and store a copy after the Hadamard transform, run by run."""
-    tile = _produce(program, "top + tl.arange(0, BM // 16) * 16 + k", "real")
+    tile = _produce(program, "run.to(tl.int64) + k", "real - run > k")
     at = _INDEX[form.way].format(r="to_run[:, None]", c="c[None, :]", index=index)
     return [
         f"rows{i} = ()",
+        "run = top + tl.arange(0, BM // 16) * 16",
         "for k in tl.static_range(16):",
         f"    rows{i} = rows{i} + ({tile}[{form.result}],)",
         f"rows{i} = hadamard.transformed(rows{i}, {hadamard.SIGNS})",
@@ -153,5 +158,5 @@ def _transformed(
     ]
 
 
-def _produce(program: pointwise.Program, m: str, last: str) -> str:
-    return f"produce({', '.join(tile_source.pointers(program))}, {m}, c, {last}, C)"
+def _produce(program: pointwise.Program, m: str, here: str) -> str:
+    return f"produce({', '.join(tile_source.pointers(program))}, {m}, {here}, c, C)"

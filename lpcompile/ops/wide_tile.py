@@ -8,7 +8,7 @@ Arithmetic: ``lpcompile.ops.mx`` and ``lpcompile.ops.fp4``.
 import triton
 import triton.language as tl
 
-from lpcompile.ops import fp4, fp8, group_tile, mx, pointwise, turned
+from lpcompile.ops import fp4, fp4_codes, fp8, hadamard, mx, turned
 from lpcompile.ops.philox import tile_words
 
 
@@ -38,12 +38,12 @@ def times(x, scale, DOWN: tl.constexpr, ACROSS: tl.constexpr):
 @triton.jit
 def mxfp8(
     x, LIMIT: tl.constexpr, EXPONENT: tl.constexpr, FLOOR: tl.constexpr,
-    DOWN: tl.constexpr, ACROSS: tl.constexpr,
+    DOWN: tl.constexpr, ACROSS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """x[BR, BC] bf16, of e4m3 under e8m0 scales -> fp32."""
+    """x[BR, BC] bf16, of e4m3 under e8m0 scales -> bits of bf16, int16."""
     enc, dec = mx.scales(amax(x, DOWN, ACROSS), LIMIT, EXPONENT, FLOOR)
     narrow = fp8.narrow(times(x.to(tl.float32), enc, DOWN, ACROSS), tl.float8e4nv)
-    return times(narrow.to(tl.float32), dec, DOWN, ACROSS)
+    return turned.bits(times(narrow.to(tl.float32), dec, DOWN, ACROSS), NATIVE)
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def up(a, b, c):
 
 @triton.jit
 def rounded(v, index, k: tl.constexpr, seed, draw, STOCHASTIC: tl.constexpr):
-    """v[...] fp32 -> what its e2m1 code stands for, fp32.
+    """v[...] fp32 -> the magnitude of what its e2m1 code stands for, fp32.
 
     index[...] + k: the logical element of each, uint32 or int64.
 
@@ -74,24 +74,69 @@ def rounded(v, index, k: tl.constexpr, seed, draw, STOCHASTIC: tl.constexpr):
         above = up(power, 6291456.0, up(u, power * -(2.0**-25), a))
     else:
         above = tl.fma(power, 6291456.0, a)
-    made = tl.fma(power, -6291456.0, above)
-    sign = v.to(tl.uint32, bitcast=True) & 0x80000000
-    return (made.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return tl.fma(power, -6291456.0, above)
+
+
+@triton.jit
+def sign_mask(s):
+    """s fp32, scales of blocks -> what of a bf16 number under each is its sign, int16.
+
+    Nothing under a NaN, which torch writes without one.
+    """
+    return tl.where(s == s, -0x8000, 0).to(tl.int16)
+
+
+@triton.jit
+def signed_bits(a, x, mask, PAIRS: tl.constexpr):
+    """Magnitudes a[...] fp32 and numbers x bf16 -> ``turned.bits`` of a with the signs of x."""
+    if PAIRS:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 both, nan;
+            cvt.rn.bf16x2.f32 both, $2, $1;
+            mov.b32 nan, 0x7FC07FC0;
+            lop3.b32 both, both, $3, $4, 0xF8;
+            min.s16x2 $0, both, nan;
+            }""",
+            "=r,r,r,r,r", [a, x, mask], dtype=tl.int16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return turned.bits(a, False) | (x.to(tl.int16, bitcast=True) & mask)
 
 
 @triton.jit
 def nvfp4(
     x, tensor_amax, index, seed, draw, STOCHASTIC: tl.constexpr,
-    DOWN: tl.constexpr, ACROSS: tl.constexpr,
+    DOWN: tl.constexpr, ACROSS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """x[BR, BC] bf16, of e2m1 under e4m3 scales under the tensor's, without it -> fp32.
+    """x[BR, BC] bf16, of e2m1 under e4m3 scales under the tensor's, without it -> bits of bf16.
 
-    index[BR, BC]: the logical element of each, uint32 or int64.
+    index[BR, BC]: the logical element of each, uint32 or int64; index[BR, BC / 8], of the first of
+    eight that follow each other.
     """
+    BR: tl.constexpr = x.shape[0]
+    BC: tl.constexpr = x.shape[1]
     tensor = fp4.tile_tensor_scale(tensor_amax)
     s = fp4.tile_block_scale(amax(x, DOWN, ACROSS), tensor)
     v = times(x.to(tl.float32), fp4.tile_encode_scale(s, tensor), DOWN, ACROSS)
-    return times(rounded(v, index, 0, seed, draw, STOCHASTIC), s.to(tl.float32), DOWN, ACROSS)
+    if STOCHASTIC and index.shape[1] != BC:
+        parts = fp4_codes.eighths(v)
+        made = ()
+        for k in tl.static_range(8):
+            one = rounded(parts[k], index, k, seed, draw, True)
+            made = made + (one,)  # type: ignore[assignment]
+        made = turned.joined(turned.joined(turned.joined(made, 4), 2), 1)
+        a = tl.reshape(made[0], (BR, BC))
+    else:
+        a = rounded(v, index, 0, seed, draw, STOCHASTIC)
+    mask = spread(sign_mask(s), BR, BC, DOWN, ACROSS)
+    return signed_bits(times(a, s, DOWN, ACROSS), x, mask, NATIVE)
+
+
+@triton.jit
+def spread(s, BR: tl.constexpr, BC: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr):
+    """s[BR / DOWN, BC / ACROSS] of each block -> [BR, BC]."""
+    s = tl.expand_dims(tl.expand_dims(s, 2), 1)
+    return tl.reshape(tl.broadcast_to(s, (BR // DOWN, DOWN, BC // ACROSS, ACROSS)), (BR, BC))
 
 
 @triton.jit
@@ -103,21 +148,25 @@ def store_transformed(
 
     Row k of a run goes to row m[BN] + k, if that is before ``stop``; its index is ``index`` + k.
     """
+    rows = hadamard.narrowed(rows)
     tensor = fp4.tile_tensor_scale(tensor_amax)
-    s = fp4.tile_block_scale(group_tile.amax(rows), tensor)
+    s = fp4.tile_block_scale(turned.amax(rows), tensor)
     enc = fp4.tile_encode_scale(s, tensor)
+    mask = sign_mask(s)
+    at = ptr + (m[:, None].to(tl.int64) * C + c[None, :])
     for k in tl.static_range(16):
-        v = pointwise.rounded(rows[k]) * enc
-        wide = rounded(v, index, k, seed, draw, STOCHASTIC) * s.to(tl.float32)
-        store(ptr, wide, m + k, m + k < stop, c, C, NATIVE, EVEN)
+        v = turned.widened(rows[k]) * enc
+        wide = rounded(v, index, k, seed, draw, STOCHASTIC) * s
+        here = (stop - m > k)[:, None] & (c < C)[None, :]
+        turned.write(at, signed_bits(wide, rows[k], mask, NATIVE), here, EVEN)
+        at += C
 
 
 @triton.jit
-def store(ptr, x, m, here, c, C, NATIVE: tl.constexpr, EVEN: tl.constexpr):
-    """x[BR, BC] fp32 as bf16, with the one NaN that torch writes, at rows m and columns c of C.
+def store(ptr, bits, m, here, c, C, EVEN: tl.constexpr):
+    """bits[BR, BC] int16 of bf16 numbers, at rows m and columns c of C.
 
-    here: which rows there are. ptr: int16, of the bits. NATIVE: two at a time, as Hopper can.
+    here: which rows there are.
     """
-    bits = turned.bits(x, NATIVE)
     at = m[:, None].to(tl.int64) * C + c[None, :]
     turned.write(ptr + at, bits, here[:, None] & (c < C)[None, :], EVEN)

@@ -22,6 +22,7 @@ from lpcompile.ops import (
     fused_amax,
     fused_amax_micro,
     hadamard,
+    philox,
     pointwise,
     turned,
     wide_tile,
@@ -80,7 +81,13 @@ def reciprocal(v):
     return tl.where(v == 0, 3e38, tl.div_rn(1.0, tl.where(v == 0, 1.0, v)))
 
 
+@triton.jit
+def halves(wide):
+    return (wide >> 32).to(tl.uint32), wide.to(tl.uint32)
+
+
 pointwise.rounded, pointwise.narrowed, wide_tile.up = rounded, narrowed, up
+philox.halves = halves
 turned.widened, turned.larger = widened, larger
 fp8.narrow4, fp4.reciprocal, fp4_codes.codes = narrow4, reciprocal, codes
 fp4_codes.signs_along = fp4_codes.signs_across = signs
@@ -100,6 +107,8 @@ def ragged():
             yield ops.quantize_mxfp8_grouped_t, (t, offs, e4m3, floor)
         for signs in (None, hadamard.SIGNS):
             yield ops.amax_group, (t, offs, signs)
+            if signs is not None:
+                yield ops.amax_group_both, (t, offs, signs)
             amax = amax_group.reference(t, offs, signs)
             for given in (None, seed):
                 yield ops.quantize_nvfp4_grouped_t, (t, amax, offs, signs, given, 7)

@@ -135,6 +135,7 @@ CASES = {
     "mxfp8_grouped_strided": (ops.quantize_mxfp8_grouped_t, (ODD.t(), OFFS, *RCEIL), E8M0),
     "amax_group": (ops.amax_group, (X, OFFS, None), NO_CONVERSION),
     "amax_group_h": (ops.amax_group, (X, OFFS, SIGNS), NO_CONVERSION),
+    "amax_group_both": (ops.amax_group_both, (X, OFFS, SIGNS), NO_CONVERSION),
     "hadamard": (ops.hadamard, (X, SIGNS), NO_CONVERSION),
     "hadamard_strided": (ops.hadamard, (ODD.t(), SIGNS), NO_CONVERSION),
     "swizzle": (ops.swizzle, (SCALES,), NO_CONVERSION),
