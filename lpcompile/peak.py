@@ -147,11 +147,16 @@ class Step:
 class Part:
     """Adjacent nodes of a graph, to be put in the order that holds least.
 
-    joins: sets of calls that may run as one, which then read their inputs once.
+    joins: sets of calls that may run as one, which then read their inputs once. pairs: more of
+    them, of calls that were one; apart they are to read less, not to hold less.
     """
 
     def __init__(
-        self, memory: Memory, nodes: Sequence[fx.Node], joins: Sequence[tuple[fx.Node, ...]]
+        self,
+        memory: Memory,
+        nodes: Sequence[fx.Node],
+        joins: Sequence[tuple[fx.Node, ...]],
+        pairs: Sequence[tuple[fx.Node, ...]] = (),
     ) -> None:
         self.memory, self.nodes = memory, nodes
         self.pulled = _pulled(memory, nodes)
@@ -159,9 +164,12 @@ class Part:
         self.index = {node: i for i, node in enumerate(calls)}
         self._needs = self._precedence()
         self.dies = self._buffers()
-        costly = {node for join in joins for node in join}
+        costly = {node for join in (*joins, *pairs) for node in join}
         self.single = [self._step((node,), costly) for node in calls]
-        self.joined = [self._step(join, costly) for join in joins]
+        self.joined = [self._step(join, costly) for join in (*pairs, *joins)]
+        apart = {call for pair in pairs for call in pair}
+        self.given = [step for step in self.single if step.calls[0] not in apart]
+        self.given += self.joined[: len(pairs)]
 
     def order(self, live: int, floor: int) -> list[Step] | None:
         """The steps in the order whose peak is least, if above ``floor``, and which reads least.
@@ -170,7 +178,7 @@ class Part:
         """
         if len(self.single) > MOST_CALLS:
             return None
-        found = _search(self.single, self.dies, live, floor)
+        found = _search(self.given, self.dies, live, floor)
         if found is None:
             return None
         floor = found[0] + int(found[0] * SLACK)
@@ -243,6 +251,7 @@ class Part:
         for call in calls:
             needs |= self._needs[call]
         inputs = {i for call in calls if call in costly for i in memory.reads[call]}
+        inputs -= {b for call in calls for b in memory.made[call]}
         return Step(calls, bits, needs & ~bits, during, after, sum(map(num_bytes, inputs)))
 
 

@@ -37,6 +37,7 @@ from lpcompile.passes import (
     fuse,
     fuse_columns,
     fuse_micro,
+    fuse_whole,
     grouped_mm,
     hoist,
     linear,
@@ -159,6 +160,7 @@ class JointPass(CustomGraphPass):
 AFTER_THE_CUT: list[tuple[str, Callable[[fx.Graph], int]]] = [
     ("fuse_columns", fuse_columns.run),  # of what is left to this graph, before it is paired
     ("fuse", fuse.run),
+    ("fuse_whole", fuse_whole.run),
     ("emulate", emulate.run),  # before fuse_micro, which fuses the dequantizes that it makes
     ("fuse_micro", fuse_micro.run),
     ("schedule", schedule.run),  # it orders what the others made

@@ -6,12 +6,15 @@
 - X for wgrad is quantized in the backward where the backward holds what X is made of anyway, and in
   a checkpointed region, from what the user's policy gives there. Elsewhere it is left to the
   partitioner, which saves the narrow copy because it is smaller.
+- Under one scale for all of X one read makes both of its copies. X in memory is narrowed both ways
+  in the forward where weights' gradients are larger than those they are made of, and the backward
+  holds most when it has made them: X.T lies beside them anyway.
 - X of experts that is picked row by row from a smaller tensor is read from there
   (``lpcompile.passes.hoist``), so what counts is that tensor: held, or smaller than the copy.
 """
 
 import operator
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +31,7 @@ from lpcompile.graph import (
     VIEWS,
     aten,
     fake_mode,
+    hint,
     is_own,
     meta_of,
     peel,
@@ -46,10 +50,12 @@ def late(sites: Sequence[tuple[Site, Gemm]], flow: Flow) -> set[fx.Node]:
     To be asked before any of them is rewritten.
     """
     held = Held(flow, (site.node for site, _ in sites))
+    of = {site.node: gemm for site, gemm in sites}
     return {
         site.node
         for site, gemm in sites
-        if site.product == "wgrad" and (_is_checkpointed(site) or _is_late(site, gemm, held))
+        if site.product == "wgrad"
+        and (_is_checkpointed(site) or (_is_late(site, gemm, held) and not _is_read_once(site, of)))
     }
 
 
@@ -62,6 +68,18 @@ def _is_late(site: Site, gemm: Gemm, held: Held) -> bool:
     few, many = gather.num_rows
     smaller = few is not None and many is not None and 2 * few <= many  # in bf16, than in 8 bits
     return smaller or gather.source in held
+
+
+def _is_read_once(site: Site, of: Mapping[fx.Node, Gemm]) -> bool:
+    """Whether the forward narrows X both ways for this wgrad: see the top of this file."""
+    fprop = site.forward and of.get(site.forward.node)
+    x, _ = peel(site.rhs if site.lhs_is_first else site.lhs)
+    rows, columns, num_groups = hint(site.m), hint(site.k), hint(site.num_groups)
+    if fprop is None or fprop.lhs != of[site.node].rhs or fprop.lhs.block != "tensor":
+        return False
+    if rows is None or columns is None or num_groups is None or not _is_in_memory(x):
+        return False
+    return rows < columns * num_groups
 
 
 def _is_checkpointed(site: Site) -> bool:
@@ -136,8 +154,11 @@ def _serves_both(x: fx.Node) -> bool:
     columns = shape(x)[-1]
     if not isinstance(columns, int) or columns > WIDEST_WITH_MAXIMA:
         return False
-    if len(shape(x)) > 2:  # its quantize fuses with nothing
-        return True
+    return len(shape(x)) > 2 or _is_in_memory(x)  # a stack's quantize fuses with nothing
+
+
+def _is_in_memory(x: fx.Node) -> bool:
+    """Whether x is what a GEMM, attention or an op of ours made, or is given, and not pointwise."""
     while x.target in RESHAPES or x.target in TRANSPOSES:
         x = x.all_input_nodes[0]
     if x.target is operator.getitem and x.args[0].target in ATTENTION:  # type: ignore[union-attr]

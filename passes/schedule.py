@@ -4,7 +4,9 @@
   (``lpcompile.peak``). SwiGLU's backward: whether h, for wgrad, and the gradients of gate and up
   are cast one after another, each before its own GEMMs, or at once, which lets go of gate, up and
   the gradient of h; whether dX comes before dW, and when x is narrowed for wgrad. One kernel casts
-  several, and reads their inputs once, where the peak is not above the least by a thousandth.
+  several, and reads their inputs once, where the peak is not above the least by a thousandth. Under
+  one scale the codes of x.T are those of x: what is cast both ways may be cast along rows, beside
+  others, and its codes transposed when x.T is needed.
 - What is quantized from inputs of the graph that are held anyway (weights, above all) is quantized
   right before the first GEMM that reads it: a copy made early is held beside them.
 
@@ -13,7 +15,7 @@ three of its own (``reorder_for_peak_memory``, torch 2.11 to 2.13), none of whic
 """
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -28,7 +30,8 @@ from lpcompile.graph import TRANSPOSES, VIEWS, base, call, is_own, shape, value
 from lpcompile.liveness import is_cheap
 from lpcompile.ops import fused_amax, pointwise
 from lpcompile.ops.define import PRODUCTS
-from lpcompile.ops.fused_source import along, parse_form
+from lpcompile.ops.fused_cast import num_outputs
+from lpcompile.ops.fused_source import WHOLE, along, parse_form
 from lpcompile.peak import CALLERS, Memory, Part
 
 CASTS = (ops.fused_cast.op, ops.fused_cast_micro.op, ops.fused_wide_micro.op)
@@ -43,7 +46,7 @@ def run(graph: fx.Graph) -> int:
     for casts in _groups(graph):
         count += _order(graph, casts)
     for amaxes in _adjacent(graph):
-        joins = sorted(_joins(amaxes), key=len)
+        joins = sorted(_joins(amaxes, {}), key=len)
         while joins:
             largest = joins.pop()
             joins = [join for join in joins if not set(join) & set(largest)]
@@ -79,16 +82,21 @@ def _inputs(cast: fx.Node) -> set[fx.Node]:
 
 def _order(graph: fx.Graph, casts: list[fx.Node]) -> int:
     """Put a part of the graph into its best order, and join calls; how many that changed."""
+    split = {cast: _split(graph, cast) for cast in casts}
+    turned = dict(pair for pair in split.values() if pair)
+    casts = sorted(pair[0] if pair else cast for cast, pair in split.items())
     everything = list(graph.nodes)
-    first, end = _range(everything, casts)
+    first, end = _range(everything, casts, list(turned.values()))
     amaxes = {a for cast in casts for a in _amaxes(cast)} & set(everything[first:end])
-    joins = [*_joins(casts), *_joins(sorted(amaxes))]
+    joins = [*_joins(casts, turned), *_joins(sorted(amaxes), {})]
     memory = Memory(graph)
     lives = memory.lives(everything)
-    part = Part(memory, everything[first:end], joins)
+    part = Part(memory, everything[first:end], joins, list(turned.items()))
     floor = max(lives[:first] + lives[end:], default=0)
     steps = part.order(memory.held(set(everything[:first])), floor)
     if steps is None:
+        for both in turned.items():
+            _join(graph, both)
         return 0
     order = part.nodes_in(steps)
     for at, node in pairwise([everything[first - 1], *order]):
@@ -97,6 +105,39 @@ def _order(graph: fx.Graph, casts: list[fx.Node]) -> int:
     for join in together:
         _join(graph, join)
     return sum(a is not b for a, b in zip(order, part.nodes, strict=True)) + len(together)
+
+
+def _split(graph: fx.Graph, cast: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """A cast of x and the transpose of its codes, in the place of one call that casts both ways.
+
+    None, and nothing done, where the two have scales of their own.
+    """
+    if cast.target is not ops.fused_cast.op:
+        return None
+    given = _arguments(cast)
+    forms = {form.way: form for form in map(parse_form, given.wanted)}
+    alike = {replace(form, way="n") for form in forms.values()}
+    both = len(forms) == len(given.wanted) == 2 and alike == {forms.get("n")}
+    if not both or forms["n"].kind not in WHOLE or len(set(given.amaxes)) > 1:
+        return None
+    starts = dict(zip(forms, (0, num_outputs(next(iter(forms.values())))), strict=True))
+    (other,) = forms.keys() - {"n"}
+    only = given._replace(amaxes=given.amaxes[:1], wanted=[forms["n"].text])
+    with graph.inserting_before(cast):
+        made = call(graph, cast.target, *only[:2], only.program.text(), only.wanted, *only.offs)
+        codes = [call(graph, operator.getitem, made, i) for i in range(2)]
+        columns = value(cast)[starts[other]].shape[0]
+        offs = given.offs if other == "g" else ()
+        turned = call(graph, ops.transpose_fp8.op, *codes, columns, *offs)
+    for item in list(cast.users):
+        i: Any = item.args[1]
+        if i - starts["n"] in range(2):
+            item.replace_all_uses_with(codes[i - starts["n"]])
+            graph.erase_node(item)
+        else:
+            item.args = (turned, i - starts[other])
+    graph.erase_node(cast)
+    return made, turned
 
 
 def _adjacent(graph: fx.Graph) -> list[list[fx.Node]]:
@@ -116,7 +157,7 @@ def _amaxes(cast: fx.Node) -> list[fx.Node]:
     return [a for a in made if isinstance(a, fx.Node) and a.target is ops.fused_amax.op]
 
 
-def _range(nodes: list[fx.Node], casts: list[fx.Node]) -> tuple[int, int]:
+def _range(nodes: list[fx.Node], casts: list[fx.Node], turned: list[fx.Node]) -> tuple[int, int]:
     """Which nodes there is something to gain from: up to the GEMMs that read the casts.
 
     From the first of them, or the casts that the GEMM reads which makes an input of theirs.
@@ -125,8 +166,9 @@ def _range(nodes: list[fx.Node], casts: list[fx.Node]) -> tuple[int, int]:
     makers = {i for cast in casts for i in _inputs(cast) if i.target in PRODUCTS}
     read = {i.args[0] for maker in makers for i in maker.all_input_nodes if _is_item(i)}
     first = min(at[node] for node in [*casts, *read])  # type: ignore[index]
-    readers = {u for cast in casts for item in cast.users for u in item.users if u.op != "output"}
-    end = 1 + max(at[node] for node in [*casts, *readers])
+    made = [*casts, *turned]
+    readers = {u for node in made for item in node.users for u in item.users if u.op != "output"}
+    end = 1 + max(at[node] for node in [*made, *readers])
     while nodes[end].op == "call_function" and (_is_item(nodes[end]) or is_cheap(nodes[end])):
         end += 1
     return first, end
@@ -136,11 +178,18 @@ def _is_item(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 
 
-def _joins(nodes: list[fx.Node]) -> Iterator[tuple[fx.Node, ...]]:
-    """Casts, or calls that take amaxes, that share inputs and that one kernel can make."""
+def _joins(
+    nodes: list[fx.Node], turned: Mapping[fx.Node, fx.Node]
+) -> Iterator[tuple[fx.Node, ...]]:
+    """Casts, or calls that take amaxes, that share inputs and that one kernel can make.
+
+    Each with and without the transposes of what it makes.
+    """
     alone = {node: _inputs(node) for node in nodes if node.target in JOINED}
     some: dict[tuple[fx.Node, ...], set[fx.Node]] = {(n,): i for n, i in alone.items()}
     while some:
+        for join in (join for join in some if len(join) > 1):
+            yield from dict.fromkeys((join, (*join, *(turned[n] for n in join if n in turned))))
         some = {
             (*first, node): inputs | own
             for first, inputs in some.items()
@@ -148,7 +197,6 @@ def _joins(nodes: list[fx.Node]) -> Iterator[tuple[fx.Node, ...]]:
             if len(first) < MOST_JOINED and first[-1] < node
             if inputs & own and _fits((*first, node))
         }
-        yield from some
 
 
 def _fits(nodes: Sequence[fx.Node]) -> bool:
@@ -195,22 +243,30 @@ def _program(nodes: Sequence[fx.Node]) -> tuple[pointwise.Program, list[fx.Node]
 
 
 def _join(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
-    """One call for calls that lie side by side."""
-    program, inputs = _program(nodes)
+    """One call for calls that lie side by side; with the transposes of what they make."""
+    casts = [node for node in nodes if node.target in JOINED]
+    turned = [node for node in nodes if node not in casts]
+    program, inputs = _program(casts)
     wanted: list[str] = []
     amaxes: list[fx.Node] = []
-    results = 0
-    for given in map(_arguments, nodes):
-        wanted += (_of_result(text, results) for text in given.wanted)
+    first: dict[fx.Node, int] = {}  # of a call's results
+    for node in casts:
+        given = _arguments(node)
+        first[node] = sum(len(_arguments(other).program.results) for other in first)
+        wanted += (_of_result(text, first[node]) for text in given.wanted)
         amaxes += given.amaxes
-        results += len(given.program.results)
-    target: Any = nodes[0].target
+    for node in turned:
+        cast: Any = node.args[0].args[0]  # type: ignore[union-attr]
+        form = parse_form(_of_result(_arguments(cast).wanted[0], first[cast]))
+        wanted.append(replace(form, way="g" if len(value(node)) == 3 else "t").text)
+        amaxes += _arguments(cast).amaxes
+    target: Any = casts[0].target
     read = [amaxes] if target is ops.fused_cast.op else []
-    offs = _arguments(nodes[0]).offs
+    offs = _arguments(casts[0]).offs
     with graph.inserting_after(max(nodes)):
         made = call(graph, target, inputs, *read, program.text(), wanted, *offs)
     count = 0
-    for node in nodes:
+    for node in [*casts, *turned]:
         for item in list(node.users):
             item.update_arg(1, item.args[1] + count)  # type: ignore[operator]
             item.update_arg(0, made)

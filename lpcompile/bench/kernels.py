@@ -45,6 +45,18 @@ def _alone(x: Tensor) -> tuple[Any, ...]:
     return (x,)
 
 
+def _stack(x: Tensor) -> tuple[Any, ...]:
+    return (x.unflatten(0, (NUM_GROUPS, -1)), E4M3, False)
+
+
+def _codes(x: Tensor) -> tuple[Any, ...]:
+    return (*ops.quantize_fp8_tensor.op(*_with_amax(x)), x.shape[1])
+
+
+def _grouped_codes(x: Tensor) -> tuple[Any, ...]:
+    return (*_codes(x), _ends(x.shape[0], x.device))
+
+
 def _micro(x: Tensor) -> tuple[Any, ...]:
     return (x, E4M3, False)
 
@@ -160,6 +172,7 @@ KERNELS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
     ops.quantize_fp8_square_t: _narrow,
     ops.quantize_fp8_tensor: _with_amax,
     ops.quantize_fp8_tensor_t: _with_amax,
+    ops.quantize_fp8_whole: _stack,
     ops.quantize_mxfp8: _micro,
     ops.quantize_mxfp8_grouped_t: _grouped_micro,
     ops.quantize_mxfp8_square: _micro,
@@ -174,6 +187,7 @@ KERNELS: dict[Any, Callable[[Tensor], tuple[Any, ...]]] = {
     ops.swizzle_experts: _stacked_scales,
     ops.swizzle_grouped: _grouped_scales,
     ops.swizzle_grouped_t: _grouped_scales_t,
+    ops.transpose_fp8: _codes,
 }
 # Ops again, and what is special about their arguments.
 MORE: tuple[tuple[Any, str, Callable[[Tensor], tuple[Any, ...]]], ...] = (
@@ -187,6 +201,7 @@ MORE: tuple[tuple[Any, str, Callable[[Tensor], tuple[Any, ...]]], ...] = (
     (ops.quantize_nvfp4_grouped_t, "hadamard", _grouped_transformed),
     (ops.quantize_nvfp4_grouped_t, "hadamard stochastic", _grouped_stochastic),
     (ops.quantize_nvfp4_t, "stochastic", _stochastic),
+    (ops.transpose_fp8, "groups", _grouped_codes),
 )
 
 

@@ -25,6 +25,7 @@ from lpcompile.ops import (
     quantize_fp8_square_t,
     quantize_fp8_tensor,
     quantize_fp8_tensor_t,
+    quantize_fp8_whole,
     quantize_mxfp8,
     quantize_mxfp8_grouped_t,
     quantize_mxfp8_square,
@@ -41,6 +42,7 @@ from lpcompile.ops import (
     swizzle_experts,
     swizzle_grouped,
     swizzle_grouped_t,
+    transpose_fp8,
     wide_grouped_mm,
     wide_mm,
 )
@@ -70,6 +72,7 @@ ALL = (
     quantize_fp8_square_t,
     quantize_fp8_tensor,
     quantize_fp8_tensor_t,
+    quantize_fp8_whole,
     quantize_mxfp8,
     quantize_mxfp8_grouped_t,
     quantize_mxfp8_square,
@@ -86,6 +89,7 @@ ALL = (
     swizzle_experts,
     swizzle_grouped,
     swizzle_grouped_t,
+    transpose_fp8,
     wide_grouped_mm,
     wide_mm,
 )

@@ -54,9 +54,10 @@ class Tile(NamedTuple):
     registers: int | None = None  # of a thread, at most
 
 
-# Of one tensor; of a program, whose loads run ahead: both gradients of SwiGLU, 98304 x 1408 in 64
-# groups, in 0.42 ms where 64 x 64 without them takes 0.47 (H200, triton 3.6).
-SCALED, COMPUTED = Tile(64, 64, 4, 256), Tile(32, 128, 4, 512, 3)
+# Of one tensor; of one under one scale, both ways: 131072 x 2048 in 128 groups in 324 us where
+# 64 x 64 takes 339; of a program, whose loads run ahead: both gradients of SwiGLU, 98304 x 1408 in
+# 64 groups, in 0.42 ms where 64 x 64 without them takes 0.47 (H200, triton 3.6).
+SCALED, ALIKE, COMPUTED = Tile(64, 64, 4, 256), Tile(128, 64, 4, 256), Tile(32, 128, 4, 512, 3)
 SQUARE = Tile(128, 128, 8, 128)
 ROWS = Tile(32, 128, 4, 128)
 # Blocks along x.T: of a tensor, or of several results; of a program of one input of x's shape, of
@@ -227,9 +228,10 @@ def _kernels(forms: list[Form], program: pointwise.Program) -> Iterator[tuple[Ti
     of groups less: 0.91 ms of 98304 x 1408 in 64 groups, 1.0 in one kernel a result.
     """
     ragged = any(form.way == "g" for form in forms)
+    alike = ALIKE if len(forms) > 1 and all(f.kind in WHOLE for f in forms) else SCALED
     tiles: dict[tuple[Tile, bool, int | None], list[int]] = {}
     for i, form in enumerate(forms):
-        tile, result = COMPUTED if program.statements else SCALED, None
+        tile, result = COMPUTED if program.statements else alike, None
         if form.kind == "square":
             tile = SQUARE
         elif form.kind == "block":

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 import triton.language as tl
-from interpreter import hurry, larger, narrow4, narrowed, rounded, widened
+from interpreter import column_words, hurry, larger, narrow4, narrowed, rounded, widened
 
 from lpcompile import ops
 from lpcompile.ops import (
@@ -29,6 +29,7 @@ fp8.MAX[WIDE], fp8.TRITON[WIDE] = fp8.MAX[E4M3], tl.float32
 
 fp8.narrow4, pointwise.rounded, pointwise.narrowed = narrow4, rounded, narrowed
 turned.larger, turned.widened = larger, widened
+ops.transpose_fp8.column_words = column_words
 grouped_gemm.suits_warpgroups = lambda *args: False  # there is no interpreter of Gluon
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 blocks.runs_native = lambda x: False
@@ -55,6 +56,21 @@ def quantizers(x, offs, *rows):
     args = (x, offs, WIDE, True, *rows)
     made = ops.quantize_fp8_block_grouped_t.launch(*args)
     check(same_bits(made, ops.quantize_fp8_block_grouped_t.reference(*args)), "block_grouped_t")
+
+
+def transposes():
+    """Codes of all groups, and of one matrix, at odd sizes: their bytes are what they are."""
+    for args in ops.transpose_fp8.samples("cpu"):
+        made, expected = ops.transpose_fp8.launch(*args), ops.transpose_fp8.reference(*args)
+        check(same_bits(made, expected), f"transpose_fp8 {[list(t.shape) for t in args[:2]]}")
+
+
+def whole():
+    """Matrices whose maxima are taken as others are narrowed; each ends in a part of a tile."""
+    for E, R, C in ((7, 48, 704), (4, 40, 208), (5, 64, 256)):
+        x = torch.randn(E, R, C, dtype=torch.bfloat16) * torch.arange(E)[:, None, None]
+        made = ops.quantize_fp8_whole.launch(x, WIDE, True)
+        check(same_bits(made, ops.quantize_fp8_whole.reference(x, WIDE, True)), f"whole {E}")
 
 
 # Exact in bf16, to which the interpreter rounds wrongly too; of numbers that e4m3 has, not NaN.
@@ -115,6 +131,8 @@ def multiply_blocks(args):
 def main():
     torch.manual_seed(0)
     fused()
+    transposes()
+    whole()
     for counts, past in (((70, 0, 128, 1, 140, 0), 21), ((0, 0), 5)):
         ends = torch.tensor(counts).cumsum(0).int()
         T, E = int(ends[-1]) + past, len(ends)

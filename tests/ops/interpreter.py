@@ -80,3 +80,13 @@ def narrowed(x):
 def larger(a, b):
     """``turned.larger`` likewise, but for its sign."""
     return tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def column_words(a, b, c, d):
+    """``transpose_fp8.column_words`` likewise."""
+    made = ()
+    for k in tl.static_range(4):
+        word = (a >> 8 * k & 0xFF) | (b >> 8 * k & 0xFF) << 8
+        made = made + (word | (c >> 8 * k & 0xFF) << 16 | (d >> 8 * k & 0xFF) << 24,)
+    return made
