@@ -96,7 +96,7 @@ def kernel(
                 made = fp8.narrow(x.to(tl.float32) * scale, ELEMENT)
                 tl.store(made_tile, made, mask=i < n, eviction_policy="evict_first")
             if at == 1:
-                tl.store(scales_ptr + e, fp8.decode(scale))
+                tl.store(scales_ptr + e, fp8.decode(scale, POW2))
         number = tl.atomic_add(state_ptr, 1, sem="relaxed")
 
 
