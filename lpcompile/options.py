@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -52,6 +52,13 @@ class Rule:
     def is_catch_all(self) -> bool:
         """It matches every path, so it names none."""
         return bool(self.pattern) and not self.pattern.strip("*")
+
+    @property
+    def said(self) -> str:
+        """What a report calls it."""
+        depths = (("first", self.first), ("last", self.last))
+        limit = "".join(f" of the {name} {at}" for name, at in depths if at is not None)
+        return f"rule {self.pattern!r}{limit}"
 
     def names(self, path: str) -> bool:
         """Whether it speaks of this very module, and not of one that holds it, or of all."""
@@ -105,7 +112,7 @@ class Options:
 
     def __post_init__(self) -> None:
         get_recipe(self.recipe)
-        if isinstance(self.rules, (str, Mapping, Rule)):
+        if isinstance(self.rules, (str, Mapping, Rule)) or not isinstance(self.rules, Iterable):
             raise RuleError(
                 f"rules is a list of rules, got {self.rules!r}: write "
                 '[("layers.*.w2", "bf16")], a (pattern, recipe) pair for each'

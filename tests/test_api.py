@@ -315,6 +315,7 @@ def test_inductors_keys_and_modes_stand_beside_ours():
         ({"rules": [Rule]}, RuleError, "pair"),
         ({"rules": "layers.*"}, RuleError, "list of rules"),
         ({"rules": {"layers.*": "bf16"}}, RuleError, "list of rules"),
+        ({"rules": 3}, RuleError, "list of rules"),
         ({"recipe": ["bf16"]}, RecipeError, "bf16"),
         ({"rewrite": "everything"}, OptionError, "all"),
         ({"target": "h20"}, OptionError, "h200"),
@@ -372,6 +373,9 @@ def test_a_users_own_recipe_goes_wherever_a_name_goes():
         (lambda: lpcompile.compile_blocks(torch.relu), "compile_blocks takes a torch.nn.Module"),
         (lambda: lpcompile.lowprec(Block), "with parentheses"),
         (lambda: lpcompile.quantize(x(), "fp8"), "takes an Operand"),
+        (lambda: lpcompile.dequantize(x()), "dequantize takes what quantize gives back"),
+        (lambda: lpcompile.linear(x(), x(), torch.randn(16)), "bias[N] bf16 with w[N, K], got"),
+        (lambda: lpcompile.convert(model(1), rules=[("q", "bf16")]), "matches no module; known: l"),
     ],
 )
 def test_what_is_given_the_wrong_thing_says_what_it_takes(misuse, says):
