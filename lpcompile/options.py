@@ -150,9 +150,13 @@ def set_defaults(**options: Any) -> None:
     """Options for every later compile that does not give them, for launchers that take a string.
 
     ``set_defaults(recipe="fp8_tensorwise")``; ``set_defaults()`` forgets them. They stand under
-    ``LPCOMPILE_OPTIONS``, which stands under what the call says.
+    ``LPCOMPILE_OPTIONS``, which stands under what the call says. Where they change, what
+    torch.compile has made in this process is forgotten (``torch._dynamo.reset``).
     """
     parse(options)
+    if options != _defaults:
+        # Dynamo knows the bare name alone: a model like one that it has compiled would get that.
+        torch._dynamo.reset()
     _defaults.clear()
     _defaults.update(options)
 
