@@ -244,3 +244,32 @@ def test_a_model_that_is_compiled_and_has_run_is_explained_like_any_other(compil
     y = model(x)
     assert lpcompile.explain(model, x, recipe="mxfp8", options=EAGER) == expected
     assert torch.equal(model(x), y)
+
+
+@torch.library.custom_op("lpcompile_tests::experts", mutates_args=())
+def experts(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x @ w[0].t()
+
+
+experts.register_fake(lambda x, w: x.new_empty(*x.shape[:-1], w.shape[1]))
+experts.register_autograd(
+    lambda ctx, dy: (experts(dy, ctx.w.mT), None),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "w", inputs[1]),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_product_of_another_library_is_listed_with_its_reason(dtype):
+    class Model(FFN):
+        def __init__(self):
+            super().__init__()
+            self.w4 = nn.Parameter(torch.randn(4, 48, 64))
+
+        def forward(self, x):
+            return experts(super().forward(x), self.w4)
+
+    report = lpcompile.explain(Model().to(dtype), data().to(dtype), options=EAGER)
+    (row,) = [r for r in report.rows if "lpcompile_tests::experts" in r.reason]
+    assert row[:6] == ("", "fprop", 16, 48, 64, 4)
+    assert ("make the weight bfloat16" in row.reason) is (dtype == torch.float32)
+    assert report.num_rewritten == (9 if dtype == torch.bfloat16 else 0)
