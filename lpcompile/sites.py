@@ -25,6 +25,11 @@ MATMULS: dict[Any, int] = {
     aten.baddbmm.default: 1,
     aten._grouped_mm.default: 0,
 }  # first operand
+# What torch's own modules call at inference.
+WHOLE_LAYERS = {
+    aten._transformer_encoder_layer_fwd.default,
+    aten._native_multi_head_attention.default,
+}
 GATHERS = {aten.index.Tensor, aten.index_select.default, aten.gather.default}
 
 # In the meta of a GEMM that was looked at: Inductor (torch 2.11 to 2.13) runs the joint passes on a
@@ -67,7 +72,7 @@ class Site:
 def find(graph: fx.Graph, flow: Flow) -> list[Site]:
     """Every product of a joint (or inference) graph, in graph order.
 
-    Then what looks like a product of another library's, so that a report does not pass over it.
+    Then what looks like a product inside an op, so that a report does not pass over it.
     """
     nodes = [n for n in calls(graph, MATMULS) if SEEN not in n.meta]
     forward = [_forward(n, flow) for n in nodes if n not in flow.gradients]
@@ -118,11 +123,13 @@ def _forward(node: fx.Node, flow: Flow) -> Site:
 
 
 def _of_others(node: fx.Node, flow: Flow) -> Site | None:
-    """A forward op of another library's, of rows x[.., M, C] and a weight with a side of C."""
+    """A forward op that multiplies where no pass looks: another library's, of rows x[.., M, C] and
+    a weight with a side of C.
+    """
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or node in flow.gradients:
         return None
-    if target.namespace in ("aten", "prims", "lpcompile"):
+    if target.namespace in ("aten", "prims", "lpcompile") and target not in WHOLE_LAYERS:
         return None
     matrices = [n for n in node.all_input_nodes if _is_matrix(n)]
     rows = [n for n in matrices if n not in flow.weights and n not in flow.constants]
@@ -144,12 +151,12 @@ def _is_matrix(node: fx.Node) -> bool:
 
 
 def _by_another(target: torch._ops.OpOverload, dtype: torch.dtype) -> str:
-    """Why an op of another library's is left, with its backward."""
-    reason = f"{target.namespace}::{target._opname} is no product of torch's"
+    """Why such an op is left, with its backward."""
+    reason = f"{target.namespace}::{target._opname} multiplies inside itself"
     if dtype == torch.bfloat16:
         return reason
     name = str(dtype).removeprefix("torch.")
-    return f"{reason}, and its weight is {name}, which some take it for: make the weight bfloat16"
+    return f"{reason}, which may be because its weight is {name}: make that bfloat16"
 
 
 WEIGHTS = "a product of two weights"

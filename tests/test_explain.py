@@ -271,5 +271,15 @@ def test_a_product_of_another_library_is_listed_with_its_reason(dtype):
     report = lpcompile.explain(Model().to(dtype), data().to(dtype), options=EAGER)
     (row,) = [r for r in report.rows if "lpcompile_tests::experts" in r.reason]
     assert row[:6] == ("", "fprop", 16, 48, 64, 4)
-    assert ("make the weight bfloat16" in row.reason) is (dtype == torch.float32)
+    assert ("make that bfloat16" in row.reason) is (dtype == torch.float32)
     assert report.num_rewritten == (9 if dtype == torch.bfloat16 else 0)
+
+
+def test_a_whole_layer_in_one_op_is_listed_and_its_training_narrowed():
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0).bfloat16()
+    with torch.no_grad():
+        report = lpcompile.explain(layer.eval(), data().detach(), options=EAGER)
+    assert [r.reason for r in report.rows] == [
+        "aten::_transformer_encoder_layer_fwd multiplies inside itself"
+    ]
+    assert lpcompile.explain(layer.train(), data(), options=EAGER).num_rewritten == 12
