@@ -35,6 +35,11 @@ def arguments(
     add("--out", type=Path, help="keep checkpoints, losses and loss.png in this folder")
     add("--minutes", type=float, default=math.inf, help="stop training after so long (with --out)")
     args = parser.parse_args(argv)
+    try:
+        for recipe in args.recipe.split(","):
+            lpcompile.Options(recipe=recipe)
+    except lpcompile.LowPrecisionError as error:  # now, and not after the runs before it
+        parser.error(f"--recipe: {error}")
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps is at least 1, got {args.steps}")
     if args.minutes < math.inf and not args.out:

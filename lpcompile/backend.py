@@ -129,12 +129,13 @@ def announce(compile: Compile) -> None:
 
     Nothing is asked for where the user's rules leave every GEMM in bf16.
     """
+    label = name_of(compile.options.recipe)
     if not compile.has_run:
-        log.info("lpcompile: from cache")
+        log.info("lpcompile: %s: from cache", label)
         return
     for pattern in compile.unmatched:
         log.warning("lpcompile: rule %r matched no GEMM of this graph", pattern)
-    rows, label = compile.rows, name_of(compile.options.recipe)
+    rows = compile.rows
     asked = compile.asks if rows else label != "bf16" or compile.options.rules
     nothing = asked and not any(row.rewritten for row in rows)
     level = logging.WARNING if nothing else logging.INFO

@@ -169,13 +169,14 @@ def _rows(
 ) -> list[Row]:
     """The rows of one weight, of sizes n, k and num_groups; ``left`` says why a product is left."""
     rows = []
-    label, asked = name_of(recipe), f"rule {rule.pattern!r}" if rule else ""
+    label, asked = name_of(recipe), rule.said if rule else ""
     n, k, num_groups = sizes
     for product in PRODUCTS:
         is_narrow = not left.get(product) and recipe.gemm(product) is not None
         why = left.get(product) or asked
-        if not is_narrow and not why:
-            why = "recipe bf16" if recipe.is_bf16 else f"{label} leaves {product} in bf16"
+        if not is_narrow and not left.get(product):
+            leaves = "" if recipe.is_bf16 else f"{label} leaves {product} in bf16"
+            why = "; ".join(filter(None, (asked, leaves))) or "recipe bf16"
         shown = label if is_narrow else "bf16"
         rows.append(Row(path, product, None, n, k, num_groups, shown, is_narrow, why))
     return rows

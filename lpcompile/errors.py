@@ -40,7 +40,7 @@ class LowPrecisionWarning(UserWarning):
 
 def did_you_mean(got: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest of the known names, then all of them."""
-    names = sorted(known)
+    names = sorted(filter(None, known))  # a model's own path is empty
     near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}known: {', '.join(names)}"

@@ -19,6 +19,20 @@ from lpcompile.errors import RecipeError, did_you_mean
 
 Scaling = Literal["fp32", "pow2", "rceil", "floor", "nvfp4"]
 
+_FP8 = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+_FP4 = {torch.float4_e2m1fn_x2: 6.0}
+_MX = {"scale": torch.float8_e8m0fnu, "tensor_scale": False, "swizzled": True}
+_PLAIN = {"scale": torch.float32, "tensor_scale": False, "swizzled": False}
+# What there are quantizers for: the elements of each scaling, each with its largest finite value,
+# and what its scales are.
+_KNOWN: dict[str, tuple[dict[torch.dtype, float], dict[str, object]]] = {
+    "fp32": (_FP8, _PLAIN),
+    "pow2": (_FP8, _PLAIN),
+    "rceil": (_FP8, _MX),
+    "floor": (_FP8, _MX),
+    "nvfp4": (_FP4, {"scale": torch.float8_e4m3fn, "tensor_scale": True, "swizzled": True}),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
@@ -37,6 +51,23 @@ class Format:
     tensor_scale: bool = False  # a second scale, fp32, for the whole tensor
     swizzled: bool = False  # scales in the 128x4 tiles that block-scaled tensor cores read
     nan_to_num: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scaling not in _KNOWN:
+            raise RecipeError(
+                f"format {self.name!r} has scaling {self.scaling!r}: "
+                f"{did_you_mean(str(self.scaling), _KNOWN)}"
+            )
+        largest, scales = _KNOWN[self.scaling]
+        needed: dict[str, object] = {**scales, "max": largest.get(self.element)}
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                known = [f"{k}={v}" for k, v in scales.items()]
+                elements = ", ".join(f"{e} (max={m})" for e, m in largest.items())
+                raise RecipeError(
+                    f"format {self.name!r} has {name}={getattr(self, name)!r}, and scaling "
+                    f"{self.scaling!r} exists with {', '.join(known)} and the elements {elements}"
+                )
 
 
 FORMATS = {
@@ -102,6 +133,6 @@ def get_format(name: str | Format) -> Format:
     """A Format as it is, or the one of that name; RecipeError names the nearest otherwise."""
     if isinstance(name, Format):
         return name
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise RecipeError(f"no number format {name!r}: {did_you_mean(str(name), FORMATS)}")
     return FORMATS[name]

@@ -73,6 +73,11 @@ def linear(
         raise ShapeError(
             f"linear takes x[..., K] and w[N, K], got {list(x.shape)} and {list(w.shape)}"
         )
+    if bias is not None and (bias.dtype, bias.shape) != (w.dtype, w.shape[:1]):
+        raise ShapeError(
+            f"linear takes bias[N] bf16 with w[N, K], got {bias.dtype}{list(bias.shape)} with "
+            f"{list(w.shape)}: cast it, or leave it out"
+        )
     y = _Linear.apply(x.reshape(-1, x.shape[-1]), w, get_recipe(recipe))
     y = y.view(*x.shape[:-1], w.shape[0])
     return y if bias is None else y + bias

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -52,6 +52,13 @@ class Rule:
     def is_catch_all(self) -> bool:
         """It matches every path, so it names none."""
         return bool(self.pattern) and not self.pattern.strip("*")
+
+    @property
+    def said(self) -> str:
+        """What a report calls it."""
+        depths = (("first", self.first), ("last", self.last))
+        limit = "".join(f" of the {name} {at}" for name, at in depths if at is not None)
+        return f"rule {self.pattern!r}{limit}"
 
     def names(self, path: str) -> bool:
         """Whether it speaks of this very module, and not of one that holds it, or of all."""
@@ -105,7 +112,7 @@ class Options:
 
     def __post_init__(self) -> None:
         get_recipe(self.recipe)
-        if isinstance(self.rules, (str, Mapping, Rule)):
+        if isinstance(self.rules, (str, Mapping, Rule)) or not isinstance(self.rules, Iterable):
             raise RuleError(
                 f"rules is a list of rules, got {self.rules!r}: write "
                 '[("layers.*.w2", "bf16")], a (pattern, recipe) pair for each'
@@ -143,9 +150,13 @@ def set_defaults(**options: Any) -> None:
     """Options for every later compile that does not give them, for launchers that take a string.
 
     ``set_defaults(recipe="fp8_tensorwise")``; ``set_defaults()`` forgets them. They stand under
-    ``LPCOMPILE_OPTIONS``, which stands under what the call says.
+    ``LPCOMPILE_OPTIONS``, which stands under what the call says. Where they change, what
+    torch.compile has made in this process is forgotten (``torch._dynamo.reset``).
     """
     parse(options)
+    if options != _defaults:
+        # Dynamo knows the bare name alone: a model like one that it has compiled would get that.
+        torch._dynamo.reset()
     _defaults.clear()
     _defaults.update(options)
 

@@ -57,6 +57,11 @@ def quantize(
 
 def dequantize(quantized: Quantized) -> Tensor:
     """values[R, Cp] times their scales -> fp32 [R, Cp]. A Hadamard transform stays in it."""
+    if not isinstance(quantized, Quantized):
+        raise RecipeError(
+            f"dequantize takes what quantize gives back, got {type(quantized).__name__}: make "
+            "lpcompile.Quantized(values, scales, tensor_amax) of its parts"
+        )
     values, scales, amax = quantized
     if scales.dtype in block_scaled.SCALES:
         return block_scaled.decoded(block_scaled.Side(values, scales, amax), torch.float32)

@@ -94,6 +94,8 @@ class Gemm:
         a, b = self.lhs, self.rhs
         for side, given in (("lhs", a), ("rhs", b)):
             _check(f"{side} of a Gemm", given, Operand)
+        if not isinstance(self.fast_accum, bool):
+            raise RecipeError(f"fast_accum is True or False, got {self.fast_accum!r}")
         if a.hadamard != b.hadamard:
             raise RecipeError(
                 "a Hadamard transform cancels only when both operands have it: "

@@ -1,6 +1,7 @@
 """What happened to every GEMM, and why: rows that a program and a person can read."""
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import StringIO
 from typing import NamedTuple
@@ -9,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lpcompile.cost import Estimate
-from lpcompile.recipes import Product
+from lpcompile.recipes import PRODUCTS, Product
+
+_ORDER: dict[str, int] = {product: i for i, product in enumerate(PRODUCTS)}
 
 
 class Row(NamedTuple):
@@ -70,17 +73,15 @@ class Report:
             table.add_column(name, justify="right")
         table.add_column("recipe")
         table.add_column("reason", overflow="fold")
-        for key, count in Counter(map(_shown, self.rows)).items():
-            times = f" (x{count})" if count > 1 else ""
-            table.add_row(key[0] + times, *key[1:])
+        for cells in _cells(self.rows):
+            table.add_row(*cells)
         out = StringIO()
         console = Console(file=out, width=140, color_system=None)
         console.print(table)
         if self.saved_bytes is not None:
-            before, after = self.saved_bytes
+            before, after = map(_size, self.saved_bytes)
             console.print(
-                f"saved for the backward, weights not counted: {before / 2**20:.1f} MiB in bf16, "
-                f"{after / 2**20:.1f} MiB rewritten"
+                f"saved for the backward, weights not counted: {before} in bf16, {after} rewritten"
             )
         return out.getvalue()
 
@@ -98,9 +99,53 @@ def summarize(rows: list[Row]) -> str:
     return f"{text}; left: {reasons}" if reasons else text
 
 
+def _cells(rows: list[Row]) -> Iterator[tuple[str, ...]]:
+    """The table, linear by linear; those of blocks that are alike but for their numbers share a
+    line: ``layers.0-26.w1 (x27)``.
+    """
+    alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for row in rows:
+        alike[_shown(row)].append(row.module)
+    linears = {path: i for i, path in enumerate(dict.fromkeys(key[0] for key in alike))}
+
+    def place(key: tuple[str, ...]) -> tuple[int, int, list[int]]:
+        return linears[key[0]], _ORDER[key[1]], min(map(_numbers, alike[key]))
+
+    for key in sorted(alike, key=place):
+        modules = alike[key]
+        times = f" (x{len(modules)})" if len(modules) > 1 else ""
+        parts = zip(*(path.split(".") for path in modules), strict=True)
+        yield ((".".join(map(_either, parts)) or "(root)") + times, *key[1:])
+
+
+def _numbers(path: str) -> list[int]:
+    return [int(part) for part in path.split(".") if part.isdigit()]
+
+
 def _shown(row: Row) -> tuple[str, ...]:
-    """A row as the table shows it: the blocks of a model, alike but for their number, share one."""
-    parts = ["*" if p.isdigit() else p for p in row.module.split(".")]
+    """A row as the table shows it, with the same path for every block of a model."""
+    path = ".".join("*" if p.isdigit() else p for p in row.module.split("."))
     sizes = ("?" if s is None else str(s) for s in (row.m, row.n, row.k))
-    groups = str(row.num_groups) if row.num_groups > 1 else ""
-    return (".".join(parts) or "(root)", row.product, *sizes, groups, row.recipe, row.reason)
+    groups, reason = str(row.num_groups) if row.num_groups > 1 else "", row.reason
+    if row.estimate is not None and not row.rewritten:
+        bf16, narrowed = row.estimate.bf16_us, row.estimate.lowprec_us
+        reason += f": {bf16:.0f} us in bf16, {narrowed:.0f} us narrowed"
+    return (path, row.product, *sizes, groups, row.recipe, reason)
+
+
+def _either(parts: tuple[str, ...]) -> str:
+    """One name, or numbers: ``0-3,7``."""
+    if not parts[0].isdigit():
+        return parts[0]
+    runs: list[list[int]] = []
+    for number in sorted({int(p) for p in parts}):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+
+
+def _size(num_bytes: int) -> str:
+    small = num_bytes < 2**20
+    return f"{num_bytes / 2**10:.1f} KiB" if small else f"{num_bytes / 2**20:.1f} MiB"

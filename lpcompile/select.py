@@ -58,7 +58,8 @@ class Selection:
             return Choice("bf16", None, structural)
         gemm = recipe.gemm(site.product)
         if gemm is None:
-            return Choice("bf16", None, f"{label} leaves {site.product} in bf16")
+            left = f"{label} leaves {site.product} in bf16"
+            return Choice("bf16", None, f"{why}; {left}" if why else left)
         obstacle = site.obstacle or _dtype_obstacle(site) or _size_obstacle(site)
         if site.grouping:
             along_tokens = site.grouping == "ragged" and site.product == "wgrad"
@@ -117,7 +118,7 @@ class Selection:
         if rule is not None:
             self.matched.add(rule)
             recipe, name = get_recipe(rule.recipe), name_of(rule.recipe)
-            return recipe, name, rule.names(site.module), f"rule {rule.pattern!r}"
+            return recipe, name, rule.names(site.module), rule.said
         recipe = get_recipe(self.options.recipe)
         why = "recipe bf16" if recipe.is_bf16 else ""
         return recipe, name_of(self.options.recipe), False, why

@@ -10,18 +10,26 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import fx
 
 from lpcompile.flow import Flow, is_called
 from lpcompile.graph import aten, base, calls, hint, module_path, placeholders, root, shape, value
 from lpcompile.recipes import Product
 
+ADDING = {aten.addmm.default, aten.baddbmm.default}  # their first argument to the product
 MATMULS: dict[Any, int] = {
     aten.mm.default: 0,
     aten.addmm.default: 1,
     aten.bmm.default: 0,
+    aten.baddbmm.default: 1,
     aten._grouped_mm.default: 0,
 }  # first operand
+# What torch's own modules call at inference.
+WHOLE_LAYERS = {
+    aten._transformer_encoder_layer_fwd.default,
+    aten._native_multi_head_attention.default,
+}
 GATHERS = {aten.index.Tensor, aten.index_select.default, aten.gather.default}
 
 # In the meta of a GEMM that was looked at: Inductor (torch 2.11 to 2.13) runs the joint passes on a
@@ -62,7 +70,10 @@ class Site:
 
 
 def find(graph: fx.Graph, flow: Flow) -> list[Site]:
-    """Every mm, addmm, bmm and _grouped_mm of a joint (or inference) graph, in graph order."""
+    """Every product of a joint (or inference) graph, in graph order.
+
+    Then what looks like a product inside an op, so that a report does not pass over it.
+    """
     nodes = [n for n in calls(graph, MATMULS) if SEEN not in n.meta]
     forward = [_forward(n, flow) for n in nodes if n not in flow.gradients]
     partners: dict[Any, list[Site]] = defaultdict(list)
@@ -71,7 +82,9 @@ def find(graph: fx.Graph, flow: Flow) -> list[Site]:
             partners[site.node.meta["seq_nr"]].append(site)
     backward = [_backward(n, flow, partners, forward) for n in nodes if n in flow.gradients]
     order = {n: i for i, n in enumerate(nodes)}
-    return sorted(forward + backward, key=lambda s: order[s.node])
+    others = [_of_others(n, flow) for n in graph.nodes if SEEN not in n.meta]
+    ours = sorted(forward + backward, key=lambda s: order[s.node])
+    return ours + [site for site in others if site is not None]
 
 
 def operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -107,6 +120,43 @@ def _forward(node: fx.Node, flow: Flow) -> Site:
         site.module = flow.modules.get(root(site.weight), "")
     site.obstacle = site.obstacle or _form(node) or _weight_form(site)
     return site
+
+
+def _of_others(node: fx.Node, flow: Flow) -> Site | None:
+    """A forward op that multiplies where no pass looks: another library's, of rows x[.., M, C] and
+    a weight with a side of C.
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or node in flow.gradients:
+        return None
+    if target.namespace in ("aten", "prims", "lpcompile") and target not in WHOLE_LAYERS:
+        return None
+    matrices = [n for n in node.all_input_nodes if _is_matrix(n)]
+    rows = [n for n in matrices if n not in flow.weights and n not in flow.constants]
+    for w in (n for n in matrices if n in flow.weights):
+        for x in rows:
+            sides, k = [hint(s) for s in shape(w)[-2:]], hint(shape(x)[-1])
+            if k in sides:
+                sides.remove(k)
+                site = Site(node, "fprop", x, w, module_path(node), hint(shape(x)[-2]), sides[0], k)
+                site.num_groups = (hint(shape(w)[0]) or 1) if len(shape(w)) == 3 else 1
+                site.is_linear, site.obstacle = False, _by_another(target, value(w).dtype)
+                return site
+    return None
+
+
+def _is_matrix(node: fx.Node) -> bool:
+    made = node.meta.get("val")
+    return isinstance(made, torch.Tensor) and made.dim() > 1 and made.dtype.is_floating_point
+
+
+def _by_another(target: torch._ops.OpOverload, dtype: torch.dtype) -> str:
+    """Why such an op is left, with its backward."""
+    reason = f"{target.namespace}::{target._opname} multiplies inside itself"
+    if dtype == torch.bfloat16:
+        return reason
+    name = str(dtype).removeprefix("torch.")
+    return f"{reason}, which may be because its weight is {name}: make that bfloat16"
 
 
 WEIGHTS = "a product of two weights"
@@ -257,7 +307,8 @@ def _form(node: fx.Node) -> str:
             return "_grouped_mm whose groups lie along columns"
     scaled = {k: v for k, v in node.kwargs.items() if k in ("alpha", "beta") and v != 1}
     if scaled:
-        return f"addmm with {', '.join(f'{k}={v}' for k, v in scaled.items())}"
+        name = node.target._opname  # type: ignore[union-attr]
+        return f"{name} with {', '.join(f'{k}={v}' for k, v in scaled.items())}"
     if not value(node).dtype.is_floating_point:
         return f"of {value(node).dtype}"
     return ""

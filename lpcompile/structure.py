@@ -1,8 +1,10 @@
 """GEMMs that stay in bf16 for what they are, found by structure and not by name.
 
 A router: its output reaches topk, or it gates experts through a softmax. An LM head: it feeds a
-softmax or a cross-entropy, or an embedding reads the same weight. Quantizing either changes which
-expert a token goes to, or the loss itself, for a GEMM or two of the whole model.
+softmax or a cross-entropy, or an embedding reads the same weight; or, where the loss is computed
+elsewhere and at inference, it has a row for each row of the largest embedding and nothing but
+functions of its output come out of the graph. Quantizing either changes which expert a token goes
+to, or the loss itself, for a GEMM or two of the whole model.
 
 Inductor's decompositions (torch 2.11 to 2.13) leave no softmax in the joint graph: it is
 ``exp(x - amax(x))`` there, for softmax, log_softmax and cross-entropy alike.
@@ -13,7 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from lpcompile.graph import CASTS, aten, root
+from lpcompile.graph import CASTS, aten, hint, root, shape
 from lpcompile.sites import MATMULS, Site
 
 SELECTIONS = {aten.topk.default, aten.sort.default, aten.sort.stable}
@@ -46,7 +48,27 @@ def find(graph: fx.Graph, sites: list[Site]) -> dict[fx.Node, str]:
     for node, site in forward.items():
         if site.weight is not None and root(site.weight) in tables:
             reasons.setdefault(node, "an LM head: an embedding reads the same weight")
+    rows = max((hint(shape(table)[0]) or 0 for table in tables), default=None)
+    for node in _coming_out(graph, {n for n, site in forward.items() if site.n == rows}):
+        reasons.setdefault(node, "an LM head: it has a row for each row of an embedding")
     return reasons
+
+
+def _coming_out(graph: fx.Graph, products: set[fx.Node]) -> Iterable[fx.Node]:
+    """Those products of which an output of the graph is a function, and of nothing else.
+
+    So a block that adds to its input is none, nor what attention reads.
+    """
+    only_of = {node: node for node in products}
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "output":
+            return [only_of[n] for n in inputs if n in only_of]
+        if inputs and node not in only_of:
+            sources = {only_of.get(n) for n in inputs}
+            if len(sources) == 1 and (source := sources.pop()) is not None:
+                only_of[node] = source
+    return []
 
 
 def _is_softmax(node: fx.Node) -> bool:

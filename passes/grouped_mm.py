@@ -19,7 +19,7 @@ from lpcompile import draws, gemm, gemm_grouped, placement
 from lpcompile.graph import aten, emit, meta_of, peel, replace
 from lpcompile.recipes import Gemm, Operand
 from lpcompile.select import Choice
-from lpcompile.sites import Site, operands
+from lpcompile.sites import ADDING, Site, operands
 
 
 def rewrite(choices: list[tuple[Site, Choice]], late: Container[fx.Node]) -> int:
@@ -55,6 +55,8 @@ def _rewrite(site: Site, how: Gemm, quantize: Callable[..., Any]) -> None:
     )
     if weight_is_first:
         out = emit(node, aten.permute.default, out, [0, 2, 1], meta=meta_of(node))
+    if node.target in ADDING:
+        out = emit(node, aten.add.Tensor, out, node.args[0], meta=meta_of(node))
     replace(node, out)
     if cast is not None:
         placement.fold(cast, out)

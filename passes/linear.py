@@ -16,7 +16,7 @@ from lpcompile import draws, gemm, placement
 from lpcompile.graph import aten, emit, meta_of, peel, replace, shape
 from lpcompile.recipes import Gemm
 from lpcompile.select import Choice
-from lpcompile.sites import Site, operands
+from lpcompile.sites import ADDING, Site, operands
 
 
 def rewrite(choices: list[tuple[Site, Choice]], late: Container[fx.Node]) -> int:
@@ -55,10 +55,10 @@ def _rewrite(site: Site, how: Gemm, late: bool, **drawn: Any) -> None:
         swizzled=how.lhs.fmt.swizzled,
         meta=meta_of(node),
     )
-    if node.target is aten.addmm.default:
-        product = emit(node, aten.add.Tensor, product, node.args[0], meta=meta_of(node))
-    if node.target is aten.bmm.default:
+    if len(shape(node)) == 3:  # a batch of one
         product = emit(node, aten.unsqueeze.default, product, 0, meta=meta_of(node))
+    if node.target in ADDING:
+        product = emit(node, aten.add.Tensor, product, node.args[0], meta=meta_of(node))
     replace(node, product)
     if cast is not None:
         placement.fold(cast, product)

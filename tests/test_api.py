@@ -290,6 +290,21 @@ def test_the_bare_name_reads_the_environment_over_the_defaults(monkeypatch):
         parse()
 
 
+def test_defaults_that_change_are_for_a_model_like_one_compiled_before():
+    seen = []
+    try:
+        for recipe in ("fp8_rowwise", "mxfp8", "mxfp8"):
+            lpcompile.set_defaults(recipe=recipe, **EAGER)
+            m = model(1)
+            m.compile(backend="lowprec")
+            with observe() as compiles:
+                m(x())
+            seen.append({recipe for (_, _), recipe in recipes(compiles).items()})
+    finally:
+        lpcompile.set_defaults()
+    assert seen == [{"fp8_rowwise"}, {"mxfp8"}, set()]  # the third finds what the second made
+
+
 def test_an_option_of_inductors_is_in_force_while_it_compiles():
     seen = []
     m = model(1)
@@ -315,6 +330,7 @@ def test_inductors_keys_and_modes_stand_beside_ours():
         ({"rules": [Rule]}, RuleError, "pair"),
         ({"rules": "layers.*"}, RuleError, "list of rules"),
         ({"rules": {"layers.*": "bf16"}}, RuleError, "list of rules"),
+        ({"rules": 3}, RuleError, "list of rules"),
         ({"recipe": ["bf16"]}, RecipeError, "bf16"),
         ({"rewrite": "everything"}, OptionError, "all"),
         ({"target": "h20"}, OptionError, "h200"),
@@ -372,13 +388,11 @@ def test_a_users_own_recipe_goes_wherever_a_name_goes():
         (lambda: lpcompile.compile_blocks(torch.relu), "compile_blocks takes a torch.nn.Module"),
         (lambda: lpcompile.lowprec(Block), "with parentheses"),
         (lambda: lpcompile.quantize(x(), "fp8"), "takes an Operand"),
+        (lambda: lpcompile.dequantize(x()), "dequantize takes what quantize gives back"),
+        (lambda: lpcompile.linear(x(), x(), torch.randn(16)), "bias[N] bf16 with w[N, K], got"),
+        (lambda: lpcompile.convert(model(1), rules=[("q", "bf16")]), "matches no module; known: l"),
     ],
 )
 def test_what_is_given_the_wrong_thing_says_what_it_takes(misuse, says):
     with pytest.raises(LowPrecisionError, match=re.escape(says)):
         misuse()
-
-
-def test_what_quantize_gives_back_is_no_part_of_a_backward():
-    made = lpcompile.quantize(x(), lpcompile.Operand("fp8", "row"))
-    assert not lpcompile.dequantize(made).requires_grad

@@ -99,8 +99,8 @@ def test_what_is_left_alone_is_named_with_its_reason():
     report = lpcompile.convert(m, "mxfp8_wgrad_bf16", rules=[Rule("layers.*", "bf16", last=1)])
     why = {r.module: r.reason for r in report.rows if r.product == "fprop" and not r.rewritten}
     assert why == {
-        "layers.2.up": "rule 'layers.*'",
-        "layers.2.down": "rule 'layers.*'",
+        "layers.2.up": "rule 'layers.*' of the last 1",
+        "layers.2.down": "rule 'layers.*' of the last 1",
         "experts.router": "a router: it has a row for each of the experts beside it",
         "gate": "n=8 is below 16",
         "mixer": "'in_proj_weight' is not an nn.Linear's: its GEMMs are narrowed in a compiled "

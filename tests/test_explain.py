@@ -1,5 +1,7 @@
 """``explain``: what it says of a model equals what the backend does, and nothing of it changes."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -64,6 +66,53 @@ def test_it_says_what_the_backend_does_and_changes_nothing(device):
     assert report.rows == compiles[0].rows
     assert report.saved_bytes == compiles[0].saved_bytes
     assert len(report.rows) == 9
+
+
+def test_the_table_says_of_every_block_what_was_decided_linear_by_linear():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(FFN() for _ in range(4))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    wgrad = lpcompile.Recipe(None, None, lpcompile.RECIPES["mxfp8"].wgrad)
+    rules = [("blocks.1.w2", wgrad), lpcompile.Rule("*", "bf16", last=1), ("*.w1", "bf16")]
+    report = lpcompile.explain(Model().bfloat16(), data(), options={**EAGER, "rules": rules})
+    cells = [line.split("│")[1:-1] for line in str(report).splitlines() if line.startswith("│")]
+    assert [(c[0].strip(), c[1].strip(), c[-2].strip(), c[-1].strip()) for c in cells] == [
+        line
+        for linear, others in (("w1", "0-2"), ("w3", "0-2"), ("w2", "0,2"))
+        for product in PRODUCTS
+        for line in told(linear, others, product)
+    ]
+    model = Model().bfloat16()
+    report = lpcompile.explain(model, data(), options={**EAGER, "rewrite": "profitable"})
+    assert re.search(r"unprofitable on h200: \d+ us in bf16, \d+ us\s.*narrowed", str(report), re.S)
+
+
+def told(linear, others, product):
+    """The lines of one product of a linear: those of the blocks that no rule is for, and others."""
+    ruled = "rule '*.w1'" if linear == "w1" else ""
+    times = "(x3)" if others == "0-2" else "(x2)"
+    alike = (
+        f"blocks.{others}.{linear} {times}",
+        product,
+        "bf16" if ruled else "fp8_rowwise",
+        ruled,
+    )
+    last = (f"blocks.3.{linear}", product, "bf16", "rule '*' of the last 1")
+    if linear != "w2":
+        return [alike, last]
+    why = "rule 'blocks.1.w2'"
+    if product == "wgrad":
+        own = ("blocks.1.w2", product, "custom", why)
+    else:
+        own = ("blocks.1.w2", product, "bf16", f"{why}; custom leaves {product} in bf16")
+    return [alike, own, last]
 
 
 def test_linears_that_share_x_share_what_quantizing_it_costs():
@@ -195,3 +244,42 @@ def test_a_model_that_is_compiled_and_has_run_is_explained_like_any_other(compil
     y = model(x)
     assert lpcompile.explain(model, x, recipe="mxfp8", options=EAGER) == expected
     assert torch.equal(model(x), y)
+
+
+@torch.library.custom_op("lpcompile_tests::experts", mutates_args=())
+def experts(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x @ w[0].t()
+
+
+experts.register_fake(lambda x, w: x.new_empty(*x.shape[:-1], w.shape[1]))
+experts.register_autograd(
+    lambda ctx, dy: (experts(dy, ctx.w.mT), None),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "w", inputs[1]),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_product_of_another_library_is_listed_with_its_reason(dtype):
+    class Model(FFN):
+        def __init__(self):
+            super().__init__()
+            self.w4 = nn.Parameter(torch.randn(4, 48, 64))
+
+        def forward(self, x):
+            return experts(super().forward(x), self.w4)
+
+    report = lpcompile.explain(Model().to(dtype), data().to(dtype), options=EAGER)
+    (row,) = [r for r in report.rows if "lpcompile_tests::experts" in r.reason]
+    assert row[:6] == ("", "fprop", 16, 48, 64, 4)
+    assert ("make that bfloat16" in row.reason) is (dtype == torch.float32)
+    assert report.num_rewritten == (9 if dtype == torch.bfloat16 else 0)
+
+
+def test_a_whole_layer_in_one_op_is_listed_and_its_training_narrowed():
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0).bfloat16()
+    with torch.no_grad():
+        report = lpcompile.explain(layer.eval(), data().detach(), options=EAGER)
+    assert [r.reason for r in report.rows] == [
+        "aten::_transformer_encoder_layer_fwd multiplies inside itself"
+    ]
+    assert lpcompile.explain(layer.train(), data(), options=EAGER).num_rewritten == 12

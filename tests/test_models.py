@@ -121,6 +121,42 @@ def test_what_feeds_a_cross_entropy_stays_bf16():
     assert "softmax" in reasons(compiles)["z"]
 
 
+class Vocabulary(nn.Module):
+    """Tables of 80 tokens and 64 positions, a linear, and a head with a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.o = nn.Embedding(80, 64), nn.Embedding(64, 64)
+        self.q, self.z = nn.Linear(64, 64), nn.Linear(64, 80)
+
+    def forward(self, i):
+        keys = self.q(self.p(i) + self.o(torch.arange(i.shape[1])))  # come out too, as to a cache
+        return torch.tanh(self.z(torch.tanh(keys)).float() / 30) * 30, keys
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_head_whose_loss_is_computed_elsewhere_stays_bf16(training):
+    with observe() as compiles, torch.set_grad_enabled(training):
+        logits, _ = compiled(bf16(Vocabulary()))(torch.randint(0, 80, (4, 16)))
+    if training:
+        logits.sum().backward()
+    assert (
+        roles(compiles) == roles(compiles, module="q") == (times(1) if training else {"fprop": 1})
+    )
+    assert "a row for each row of an embedding" in reasons(compiles)["z"]
+
+
+def test_a_linear_as_wide_as_the_vocabulary_that_feeds_others_is_no_head():
+    class Model(Vocabulary):
+        def forward(self, i):
+            x = self.q(self.p(i))
+            return x + torch.tanh(self.z(x))[..., :64]
+
+    with observe() as compiles:
+        compiled(bf16(Model()))(torch.randint(0, 80, (4, 16))).sum().backward()
+    assert roles(compiles) == times(2)
+
+
 @pytest.mark.parametrize("gate", [torch.sigmoid, lambda x: x.softmax(-1), lambda x: x])
 def test_a_router_stays_bf16_whatever_it_is_called(gate):
     class Model(nn.Module):

@@ -102,3 +102,9 @@ def test_every_product_is_that_of_independently_decoded_operands(name, device, s
         gemm = recipe.gemm(product)
         a, b = operands(product, gemm, x.detach(), w.detach(), dy)
         assert_accurate(made.detach(), a, b, gemm is not None and gemm.fast_accum, product)
+
+
+def test_what_quantize_gives_back_is_no_part_of_a_backward():
+    x = torch.randn(16, 32, dtype=torch.bfloat16, requires_grad=True)
+    made = lpcompile.quantize(x, lpcompile.Operand("fp8", "row"))
+    assert not lpcompile.dequantize(made).requires_grad

@@ -1,8 +1,12 @@
 """What no GEMM can compute cannot be built, and the error says what to write instead."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from lpcompile.errors import RecipeError
+from lpcompile.formats import FORMATS
 from lpcompile.recipes import RECIPES, Gemm, Operand, Recipe
 
 ROW, TENSOR, E5M2 = Operand("fp8", "row"), Operand("fp8", "tensor"), Operand("fp8_e5m2", "tensor")
@@ -16,12 +20,19 @@ BY_ROW = Gemm(ROW, ROW)
     ("build", "says"),
     [
         (lambda: Operand("fp9", "row"), "no number format 'fp9': did you mean 'fp8'"),
+        (lambda: Operand(["fp8"], "row"), r"no number format \['fp8'\]: did you mean 'fp8'"),
+        (lambda: replace(FORMATS["fp8"], scaling="fp33"), "scaling 'fp33': did you mean 'fp32'"),
+        (lambda: replace(FORMATS["fp8"], max=240.0), r"has max=240.0, .*e4m3fn \(max=448.0\)"),
+        (lambda: replace(FORMATS["fp8"], element=torch.int8), "has max=448.0, .*e4m3fn"),
+        (lambda: replace(FORMATS["fp8"], tensor_scale=True), "tensor_scale=True, .*'fp32' exists"),
+        (lambda: replace(FORMATS["mxfp8"], swizzled=False), "has swizzled=False, and .*'rceil'"),
         (lambda: Operand("fp8", (1, 64)), r"no quantizer for block \(1, 64\); it takes 'tensor'"),
         (lambda: Operand("fp8", "row", rounding="up"), "'nearest' or 'stochastic', got 'up'"),
         (lambda: Operand("fp8", "row", rounding="stochastic"), "use rounding='nearest'"),
         (lambda: Operand("nvfp4", (1, 16), hadamard=32), "use hadamard=0"),
         (lambda: Operand("mxfp8", (1, 32), hadamard=16), "use hadamard=0"),
         (lambda: Gemm(ROW, "fp8"), "rhs of a Gemm is an lpcompile.Operand, got 'fp8'"),
+        (lambda: Gemm(ROW, ROW, fast_accum=1), "fast_accum is True or False, got 1"),
         (lambda: Gemm(ROW, TENSOR), "lhs has 'row', rhs has 'tensor'"),
         (lambda: Gemm(ROW, FP4), "no GEMM multiplies 'fp8' by 'nvfp4'"),
         (lambda: Gemm(FP4, MX), "no GEMM multiplies 'nvfp4' by 'mxfp8'"),

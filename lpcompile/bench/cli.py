@@ -44,7 +44,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         _add_variants(command)
         _add_ragged(command)
         _add_cuda_graphs(command)
-        command.add_argument("--tp", type=int, default=1, help="one rank's shard of so many")
+        command.add_argument("--tp", type=_count, default=1, help="one rank's shard of so many")
     what = "forward + backward of SwiGLU experts, grouped GEMMs"
     command = _command(commands, "experts", what, _layer, list(EXPERTS))
     _add_variants(command)
@@ -67,8 +67,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     command.add_argument("--plot", type=Path, help="draw them into this PNG")
     command = _command(commands, "model", "training steps of the whole model", _model)
     _add_variants(command)
-    command.add_argument("--layers", type=int, help="default: 4, or the model's if it has fewer")
-    command.add_argument("--passes", type=int, nargs="+", default=[1, 8], help="of one step")
+    command.add_argument("--layers", type=_count, help="default: 4, or the model's if it has fewer")
+    command.add_argument("--passes", type=_count, nargs="+", default=[1, 8], help="of one step")
     command = commands.add_parser("report", help="a Markdown page of results saved with --json")
     command.add_argument("files", type=Path, nargs="+")
     command.set_defaults(run=_report)
@@ -85,7 +85,7 @@ def _command(
     command = commands.add_parser(name, help=what, description=what)
     command.add_argument("--model", nargs="+", choices=models, help=f"default: {models[0]}")
     if models[0] in LLAMAS:
-        command.add_argument("--tokens", nargs="+", type=int, help=f"a sweep: {SWEEP}")
+        command.add_argument("--tokens", nargs="+", type=_count, help=f"a sweep: {SWEEP}")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     command.add_argument("--device", type=machine.device, default=default)
     command.add_argument("--repeats", type=int, default=30)
@@ -115,6 +115,13 @@ def _add_variants(command: argparse.ArgumentParser) -> None:
     command.add_argument("--options", type=_options, default={}, help=f"of the backend: {OPTIONS}")
 
 
+def _count(text: str) -> int:
+    with suppress(ValueError):
+        if (number := int(text)) > 0:
+            return number
+    raise argparse.ArgumentTypeError(f"it is a number above 0, got {text!r}")
+
+
 def _options(text: str) -> dict[str, Any]:
     with suppress(json.JSONDecodeError):
         options = json.loads(text)
@@ -131,6 +138,8 @@ def _run(
     args.model = args.model or ["tiny" if device.type == "cpu" else args.first]
     if args.repeats < 2:
         raise OptionError(f"a median needs repetitions: --repeats is {args.repeats}, make it 30")
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise OptionError(f"--json {args.json}: there is no such folder, make it first")
     for recipe in getattr(args, "recipes", ()):
         get_recipe(recipe)
     parse(getattr(args, "options", None))

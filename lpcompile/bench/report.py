@@ -93,7 +93,10 @@ def load(paths: Iterable[Path]) -> list[Result]:
     results = []
     for path in paths:
         try:
-            results += [Result(**r) for r in json.loads(path.read_text())]
+            saved = json.loads(path.read_text())
+            if not isinstance(saved, list):
+                raise TypeError(f"a {type(saved).__name__}")
+            results += [Result(**r) for r in saved]
         except (OSError, TypeError, ValueError) as error:
             raise OptionError(
                 f"{path} holds no benchmark results ({error}): make one with "

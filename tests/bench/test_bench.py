@@ -308,6 +308,15 @@ def test_a_page_holds_every_table_with_its_command(tmp_path, capsys):
 def test_a_wrong_argument_is_one_sentence_and_no_traceback(tmp_path, capsys):
     assert main(["bench", "report", str(tmp_path / "none.json")]) == 2
     assert "holds no benchmark results" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text("{}")
+    assert main(["bench", "report", str(tmp_path / "other.json")]) == 2
+    assert "holds no benchmark results (a dict)" in capsys.readouterr().err
+    for option in ("--tokens", "--tp"):
+        with pytest.raises(SystemExit):
+            main(["bench", "ffn", option, "0"])
+        assert "a number above 0, got '0'" in capsys.readouterr().err
+    assert main(["bench", "ffn", "--device", "cpu", "--json", str(tmp_path / "no" / "a")]) == 2
+    assert "no such folder" in capsys.readouterr().err
     assert main(["bench", "ffn", "--device", "cpu", "--recipes", "fp8_rowise"]) == 2
     assert "did you mean 'fp8_rowwise'" in capsys.readouterr().err
     for wrong, said in (("profile --part experts --model llama3-8b", "no such part"),

@@ -272,3 +272,17 @@ def test_training_in_fp8_follows_bf16(capsys, tmp_path):
     assert -1 not in at, PRINTED[at.index(-1)]
     assert at == sorted(at)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--recipe fp8_rowwise,fp8_tensor", "no recipe 'fp8_tensor': did you mean"),
+        ("--steps 0", "--steps is at least 1"),
+        ("--minutes 3", "--minutes needs --out"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_named_before_anything_is_trained(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        example("01_train_gpt").main(flags.split())
+    assert message in capsys.readouterr().err

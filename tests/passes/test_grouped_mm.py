@@ -92,6 +92,19 @@ BATCH = [
     Case("the weight first", lambda x, w: (w @ x.mT).mT, each, x=(E, 24, K)),
     Case("einsum", lambda x, w: torch.einsum("emk,enk->emn", x, w), each, x=(E, 24, K)),
     Case("3-d _grouped_mm", lambda x, w: torch._grouped_mm(x, w.mT), each, x=(E, 24, K)),
+    Case(
+        "baddbmm",
+        lambda x, w: torch.baddbmm(w.sum(2)[:, None], x, w.mT),
+        lambda x, w, recipe: each(x, w, recipe) + w.sum(2)[:, None],
+        x=(E, 24, K),
+    ),
+    Case(
+        "baddbmm of one expert",
+        lambda x, w: torch.baddbmm(w.sum(2)[:, None], x, w.mT),
+        lambda x, w, recipe: each(x, w, recipe) + w.sum(2)[:, None],
+        (1, 24, K),
+        (1, N, K),
+    ),
     Case("of one expert", lambda x, w: torch._grouped_mm(x, w.mT), each, (1, 24, K), (1, N, K)),
 ]
 
