@@ -10,7 +10,7 @@ A graph from Inductor's cache comes without passes, and needs none of this: Trit
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, cast
@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch._inductor.async_compile import get_compile_threads
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map_only
 from triton import AsyncCompileMode
 from triton.runtime.jit import JITFunction, MockTensor
 
@@ -40,12 +41,22 @@ def start(graph: fx.Graph) -> list[Future[int]]:
         return []
     mode = FakeTensorMode()
     launches = [launch for n in graph.nodes if is_own(n) and (launch := _launch(n, mode))]
-    if not launches:
-        return []
+    return [_begin(mode, launches, torch.cuda.current_device())] if launches else []
+
+
+def start_all(launches: Iterable[tuple[Any, ...]], device: torch.device) -> Future[int]:
+    """The same of launches, each with its arguments and keywords, on tensors of a GPU."""
+    mode = FakeTensorMode()
+    fakes = [tree_map_only(Tensor, mode.from_tensor, launch) for launch in launches]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _begin(mode, fakes, index)
+
+
+def _begin(mode: FakeTensorMode, launches: Sequence[tuple[Any, ...]], device: int) -> Future[int]:
     executor = ThreadPoolExecutor(1, "lpcompile-launch")
-    made = executor.submit(_compile, mode, launches, torch.cuda.current_device())
+    made = executor.submit(_compile, mode, launches, device)
     executor.shutdown(wait=False)
-    return [made]
+    return made
 
 
 def _launch(node: fx.Node, mode: FakeTensorMode) -> tuple[Any, ...] | None:

@@ -1,19 +1,20 @@
 """``python -m lpcompile doctor``: versions, what runs natively here, and a self-test of the ops.
 
-The self-test gives every op its own samples and compares what this device makes with the reference
-or, where an op has one, with the exact product; then one linear through the compiler with the eager
-one. A failure here means wrong training, so the exit status is 1.
+The self-test gives every op samples of its own and compares what this device makes with the
+reference or, where an op has one, with the exact product; then one linear through the compiler with
+the eager one. A failure here means wrong training, so the exit status is 1.
 """
 
 import argparse
 from collections.abc import Callable
+from concurrent.futures import wait
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from lpcompile import functional, ops
+from lpcompile import ahead, functional, ops
 from lpcompile.backend import lowprec_eager
 from lpcompile.bench import machine
 from lpcompile.cost import kind
@@ -21,6 +22,7 @@ from lpcompile.ops.define import same_bits
 from lpcompile.recipes import DEFAULT, PRODUCTS, RECIPES, Gemm
 
 TESTED = ("2.11", "2.13")  # torch
+NUM_SAMPLES = 6  # of each op: all of them are a thousand kernels
 
 # What multiplies each family of formats in hardware, by compute capability; the rest is emulated.
 NATIVE: dict[str, Callable[[tuple[int, int]], bool]] = {
@@ -79,19 +81,40 @@ def _recipes(device: torch.device) -> Table:
 def self_test(device: torch.device) -> dict[str, str]:
     """What is wrong with each op, and with a compiled linear; empty strings where nothing is."""
     torch.manual_seed(0)
-    found = {}
-    for module in ops.ALL:
+    found: dict[str, str] = {}
+    samples = [(module, args) for module in ops.ALL for args in _samples(module, device)]
+    kernels = []
+    if device.type == "cuda":  # left to their first calls, kernels compile one after another
+        launches: list[tuple[Any, ...]] = [(module.launch, args, {}) for module, args in samples]
+        kernels = [ahead.start_all(launches, device)]
+    expected = [_expectation(module, args) for module, args in samples]  # meanwhile
+    wait(kernels)
+    for (module, args), expectation in zip(samples, expected, strict=True):
         name = module.__name__.rpartition(".")[2]
-        expect = getattr(module, "exact", module.reference)
-        answers = (_compare(module, expect, args) for args in module.samples(device.type))
-        found[name] = next((answer for answer in answers if answer), "")
+        found[name] = found.get(name) or _compare(module, args, expectation)
     found["compiled linear"] = _compiled_linear(device)
     return found
 
 
-def _compare(module: Any, expect: Callable[..., Any], args: tuple[Any, ...]) -> str:
+def _samples(module: Any, device: torch.device) -> list[tuple[Any, ...]]:
+    """About NUM_SAMPLES of what an op's tests take, from all of it: each may be another kernel."""
+    every = module.samples(device.type)
+    return list(every[:: max(1, len(every) // NUM_SAMPLES)])
+
+
+def _expectation(module: Any, args: tuple[Any, ...]) -> Any:
+    """What the op should make of a sample, or the error that computing it raised."""
     try:
-        return str(module.agrees(module.op(*args), expect(*args)))
+        return getattr(module, "exact", module.reference)(*args)
+    except Exception as error:
+        return error
+
+
+def _compare(module: Any, args: tuple[Any, ...], expectation: Any) -> str:
+    try:
+        if isinstance(expectation, Exception):
+            raise expectation
+        return str(module.agrees(module.op(*args), expectation))
     except Exception as error:  # a kernel that does not compile is a finding too
         return f"{type(error).__name__}: {error}"
 

@@ -8,13 +8,17 @@ import torch
 from oracle import FFN, bf16, data
 from torch import fx
 from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.runtime.jit import JITFunction
 
 from lpcompile import ahead, ops
+from lpcompile.ops import blocks, device, fp8, pointwise
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_tensorwise", "fp8_blockwise"])
+@pytest.mark.parametrize(
+    "recipe", ["fp8_rowwise", "fp8_tensorwise", "fp8_blockwise", "mxfp8", "nvfp4"]
+)
 def test_no_kernel_of_a_graph_is_compiled_at_its_first_call(monkeypatch, recipe):
     threads, whole = [], JITFunction._do_compile
 
@@ -54,6 +58,27 @@ def test_a_launch_has_the_sizes_and_the_place_of_the_op():
     assert launch is ops.quantize_fp8_row.launch
     assert (x.shape, x.stride(), x.device.type) == ((64, 96), (96, 1), "cuda")
     assert (element, pow2, kwargs) == (torch.float8_e4m3fn, True, {})
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in ops.ALL if m.kernel], ids=lambda m: m.__name__.rpartition(".")[2]
+)
+def test_every_op_comes_to_its_kernels_on_fake_tensors(module, monkeypatch):
+    monkeypatch.setattr(fp8, "runs_triton", lambda x: True)
+    monkeypatch.setattr(blocks, "runs_native", lambda x: False)
+    monkeypatch.setattr(device, "capability", lambda x: (9, 0))
+    monkeypatch.setattr(device, "processors", lambda x: 132)
+    monkeypatch.setattr(device, "shared_memory", lambda x: 2**17)
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **options: kernel)
+    pointwise.keeps_zero.cache_clear()
+    getattr(module.kernel, "cache_clear", lambda: None)()  # of those that are generated
+    samples = [a for a in module.samples("cpu") if all(t.numel() for t in tree_leaves(a[0]))]
+    mode = FakeTensorMode()
+    fakes = [tree_map_only(torch.Tensor, mode.from_tensor, args) for args in samples[:8]]
+    with ahead._instead_of_running() as kernels, mode:
+        for args in fakes:
+            module.launch(*args)
+    assert kernels
 
 
 def test_what_fails_ahead_is_left_to_its_first_call():

@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 KINDS = ("full", "wide", "row", "column", "scalar")
 DTYPES = {"bf16": torch.bfloat16, "float": torch.float32, "bool": torch.bool}
@@ -164,8 +165,9 @@ def keeps_zero(text: str) -> bool:
     program = parse(text)
     if set(program.kinds) - {"full", "wide"}:
         return False
-    zeros = [torch.zeros(1, 1) for _ in program.kinds]
-    return not any(result.any() for result in run(program, zeros))
+    with unset_fake_temporarily():  # kernels are compiled ahead on fake tensors
+        zeros = [torch.zeros(1, 1, device="cpu") for _ in program.kinds]
+        return not any(result.any() for result in run(program, zeros))
 
 
 def arguments(program: Program, inputs: list[Tensor]) -> list[Any]:
