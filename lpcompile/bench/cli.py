@@ -151,9 +151,14 @@ def _run(
         if device.type == "cpu":
             result.notes.insert(0, CPU_NOTE)
         report.show(result)
+    _keep(results, args)
+    return int(any(result.failed for result in results))
+
+
+def _keep(results: list[Result], args: argparse.Namespace) -> None:
+    """Save what there is: after every model, so that a run that is ended early loses one."""
     if args.json:
         report.save(results, args.json)
-    return int(any(result.failed for result in results))
 
 
 def _result(title: str, device: torch.device) -> Result:
@@ -216,6 +221,7 @@ def _layer(args: argparse.Namespace, device: torch.device) -> list[Result]:
     for layer in _layers(args.benchmark, args):
         able = [v for v in chosen if v.runs(layer)]
         result.rows += layers.compare(layer, able, device, args.repeats)
+        _keep([result], args)
     return [result]
 
 
@@ -245,6 +251,7 @@ def _profile(args: argparse.Namespace, device: torch.device) -> list[Result]:
         results.append(replace(listing, rows=profile.listing(seen)))
         if args.plot:
             profile.picture(seen, args.plot)
+        _keep(results, args)
     return results
 
 
@@ -254,6 +261,7 @@ def _model(args: argparse.Namespace, device: torch.device) -> list[Result]:
         num_layers = args.layers or min(model.num_layers, 4)
         rows = training.compare(model, num_layers, chosen, args.passes, device, args.repeats)
         result.rows += rows
+        _keep([result], args)
     return [result]
 
 

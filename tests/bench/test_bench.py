@@ -25,6 +25,7 @@ from lpcompile.ops.define import same_bits
 from lpcompile.recipes import RECIPES
 
 CPU = torch.device("cpu")
+TINY = ("--model", "tiny")
 EAGER = '{"codegen": "eager", "rewrite": "all"}'
 
 
@@ -305,6 +306,21 @@ def test_a_page_holds_every_table_with_its_command(tmp_path, capsys):
     assert "| a/b | - | 1.23x |" in page
 
 
+def test_a_run_that_is_ended_early_has_saved_what_it_measured(tmp_path, monkeypatch):
+    compare = layers.compare
+
+    def ended(layer, *args):
+        if layer.tokens == 64:
+            raise KeyboardInterrupt
+        return compare(layer, *args)
+
+    monkeypatch.setattr(layers, "compare", ended)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "ffn", *TINY, "--tokens", "32", "64", "--recipes", "--options", EAGER)
+    (result,) = report.load([tmp_path / "out.json"])
+    assert [row["tokens"] for row in result.rows] == [32]
+
+
 def test_a_wrong_argument_is_one_sentence_and_no_traceback(tmp_path, capsys):
     assert main(["bench", "report", str(tmp_path / "none.json")]) == 2
     assert "holds no benchmark results" in capsys.readouterr().err
@@ -339,7 +355,6 @@ def test_every_variant_is_asked_for_cuda_graphs():
         variants.choose([], {"codegen": "eager"}, max_autotune=False, cuda_graphs=True, peers=())
 
 
-TINY = ("--model", "tiny")
 FORCED = ("--recipes", "fp8_rowwise", "--no-peers", "--options", '{"rewrite": "all"}')
 
 
