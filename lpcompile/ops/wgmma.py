@@ -13,7 +13,8 @@ as long as buffers are empty; two warpgroups multiply them (``wgmma_contract``),
 of a tile, so that one multiplies while the other adds, scales or stores (``wgmma_store``). Every
 warp finds the tiles of its program alone.
 
-What was measured against CUTLASS and cuBLASLt is in docs/benchmarks.md.
+What was measured against CUTLASS and cuBLASLt is in docs/benchmarks.md, what was tried in
+docs/tuning.md.
 """
 
 from torch import Tensor
