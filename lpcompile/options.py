@@ -151,7 +151,8 @@ def set_defaults(**options: Any) -> None:
 
     ``set_defaults(recipe="fp8_tensorwise")``; ``set_defaults()`` forgets them. They stand under
     ``LPCOMPILE_OPTIONS``, which stands under what the call says. Where they change, what
-    torch.compile has made in this process is forgotten (``torch._dynamo.reset``).
+    torch.compile has made in this process is forgotten (``torch._dynamo.reset``), and a model that
+    was compiled by the bare name goes on under the new ones: give it options of its own.
     """
     parse(options)
     if options != _defaults:

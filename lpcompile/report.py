@@ -1,5 +1,6 @@
 """What happened to every GEMM, and why: rows that a program and a person can read."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -114,8 +115,7 @@ def _cells(rows: list[Row]) -> Iterator[tuple[str, ...]]:
     for key in sorted(alike, key=place):
         modules = alike[key]
         times = f" (x{len(modules)})" if len(modules) > 1 else ""
-        parts = zip(*(path.split(".") for path in modules), strict=True)
-        yield ((".".join(map(_either, parts)) or "(root)") + times, *key[1:])
+        yield ((_together(modules) or "(root)") + times, *key[1:])
 
 
 def _numbers(path: str) -> list[int]:
@@ -131,6 +131,14 @@ def _shown(row: Row) -> tuple[str, ...]:
         bf16, narrowed = row.estimate.bf16_us, row.estimate.lowprec_us
         reason += f": {bf16:.0f} us in bf16, {narrowed:.0f} us narrowed"
     return (path, row.product, *sizes, groups, row.recipe, reason)
+
+
+def _together(modules: list[str]) -> str:
+    """One path for modules that differ in numbers alone: all that its ranges name, or stars."""
+    parts = list(zip(*(path.split(".") for path in modules), strict=True))
+    if math.prod(len(set(p)) for p in parts) != len(set(modules)):
+        return ".".join(p[0] if len(set(p)) == 1 else "*" for p in parts)
+    return ".".join(map(_either, parts))
 
 
 def _either(parts: tuple[str, ...]) -> str:

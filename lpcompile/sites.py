@@ -6,6 +6,7 @@ Identity tells dgrad from wgrad: the other operand is the forward's w, or its x.
 is a permute" would mislabel a transposed output.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -138,7 +139,9 @@ def _of_others(node: fx.Node, flow: Flow) -> Site | None:
             sides, k = [hint(s) for s in shape(w)[-2:]], hint(shape(x)[-1])
             if k in sides:
                 sides.remove(k)
-                site = Site(node, "fprop", x, w, module_path(node), hint(shape(x)[-2]), sides[0], k)
+                lead = [hint(s) for s in shape(x)[:-1][-1 if len(shape(w)) == 3 else 0 :]]
+                m = None if None in lead else math.prod(s or 0 for s in lead)
+                site = Site(node, "fprop", x, w, module_path(node), m, sides[0], k)
                 site.num_groups = (hint(shape(w)[0]) or 1) if len(shape(w)) == 3 else 1
                 site.is_linear, site.obstacle = False, _by_another(target, value(w).dtype)
                 return site

@@ -2,9 +2,9 @@
 
 A router: its output reaches topk, or it gates experts through a softmax. An LM head: it feeds a
 softmax or a cross-entropy, or an embedding reads the same weight; or, where the loss is computed
-elsewhere and at inference, it has a row for each row of the largest embedding and nothing but
-functions of its output come out of the graph. Quantizing either changes which expert a token goes
-to, or the loss itself, for a GEMM or two of the whole model.
+elsewhere and at inference, it has a row for each row of the largest embedding, more of them than
+columns, and nothing but functions of its output come out of the graph. Quantizing either changes
+which expert a token goes to, or the loss itself, for a GEMM or two of the whole model.
 
 Inductor's decompositions (torch 2.11 to 2.13) leave no softmax in the joint graph: it is
 ``exp(x - amax(x))`` there, for softmax, log_softmax and cross-entropy alike.
@@ -49,7 +49,8 @@ def find(graph: fx.Graph, sites: list[Site]) -> dict[fx.Node, str]:
         if site.weight is not None and root(site.weight) in tables:
             reasons.setdefault(node, "an LM head: an embedding reads the same weight")
     rows = max((hint(shape(table)[0]) or 0 for table in tables), default=None)
-    for node in _coming_out(graph, {n for n, site in forward.items() if site.n == rows}):
+    tall = {n for n, s in forward.items() if s.n == rows and s.n and s.k and s.n > s.k}
+    for node in _coming_out(graph, tall):
         reasons.setdefault(node, "an LM head: it has a row for each row of an embedding")
     return reasons
 
@@ -61,14 +62,19 @@ def _coming_out(graph: fx.Graph, products: set[fx.Node]) -> Iterable[fx.Node]:
     """
     only_of = {node: node for node in products}
     for node in graph.nodes:
-        inputs = node.all_input_nodes
         if node.op == "output":
-            return [only_of[n] for n in inputs if n in only_of]
+            return [only_of[n] for n in node.all_input_nodes if n in only_of]
+        # Sizes are no data: under dynamic shapes a view reads them.
+        inputs = [n for n in node.all_input_nodes if not _is_size(n)]
         if inputs and node not in only_of:
             sources = {only_of.get(n) for n in inputs}
             if len(sources) == 1 and (source := sources.pop()) is not None:
                 only_of[node] = source
     return []
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), int | torch.SymInt)
 
 
 def _is_softmax(node: fx.Node) -> bool:

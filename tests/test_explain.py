@@ -18,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import lpcompile
 from lpcompile.errors import LowPrecisionError
 from lpcompile.pipeline import observe
+from lpcompile.report import Report, Row
 
 EAGER = {"rewrite": "all", "codegen": "eager"}
 PRODUCTS = ("fprop", "dgrad", "wgrad")
@@ -92,6 +93,17 @@ def test_the_table_says_of_every_block_what_was_decided_linear_by_linear():
     model = Model().bfloat16()
     report = lpcompile.explain(model, data(), options={**EAGER, "rewrite": "profitable"})
     assert re.search(r"unprofitable on h200: \d+ us in bf16, \d+ us\s.*narrowed", str(report), re.S)
+
+
+def test_a_line_of_the_table_names_no_module_that_is_not_in_it():
+    def shown(*paths):
+        rows = [Row(path, "fprop", 16, 16, 16, 1, "bf16", False, "so") for path in paths]
+        return str(Report(rows))
+
+    assert "layers.0-1.experts.0-1.w (x4)" in shown(
+        *(f"layers.{i}.experts.{j}.w" for i in range(2) for j in range(2))
+    )
+    assert "layers.*.experts.*.w (x2)" in shown("layers.0.experts.1.w", "layers.1.experts.0.w")
 
 
 def told(linear, others, product):
@@ -278,7 +290,9 @@ def test_a_product_of_another_library_is_listed_with_its_reason(dtype):
 def test_a_whole_layer_in_one_op_is_listed_and_its_training_narrowed():
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0).bfloat16()
     with torch.no_grad():
-        report = lpcompile.explain(layer.eval(), data().detach(), options=EAGER)
+        x = data().detach()
+        report = lpcompile.explain(layer.eval(), x, options=EAGER)
+    assert [r.m for r in report.rows] == [x.shape[:-1].numel()]
     assert [r.reason for r in report.rows] == [
         "aten::_transformer_encoder_layer_fwd multiplies inside itself"
     ]

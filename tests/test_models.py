@@ -146,6 +146,30 @@ def test_a_head_whose_loss_is_computed_elsewhere_stays_bf16(training):
     assert "a row for each row of an embedding" in reasons(compiles)["z"]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_head_stays_bf16_where_sizes_change(training):
+    model = compiled(bf16(Vocabulary()))
+    with observe() as compiles, torch.set_grad_enabled(training):
+        for length in (16, 24):
+            logits, _ = model(torch.randint(0, 80, (4, length)))
+    assert len(compiles) == 2
+    assert "a row for each row of an embedding" in reasons(compiles[1:])["z"]
+
+
+def test_a_cache_as_wide_as_a_small_vocabulary_is_no_head():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p, self.k = nn.Embedding(64, 64), nn.Linear(64, 64)
+
+        def forward(self, i):
+            return self.k(self.p(i))
+
+    with observe() as compiles, torch.no_grad():
+        compiled(bf16(Model()))(torch.randint(0, 64, (4, 16)))
+    assert roles(compiles, module="k") == {"fprop": 1}
+
+
 def test_a_linear_as_wide_as_the_vocabulary_that_feeds_others_is_no_head():
     class Model(Vocabulary):
         def forward(self, i):

@@ -109,6 +109,8 @@ class Tape(TorchDispatchMode):
         """A call that makes a tensor from others, or a view of one."""
         memory, reads = made.untyped_storage()._cdata, set[str]()
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if made.device.type == "cpu" and any(x.device.type != "cpu" for x in given):
+            self.refuse("it reads a tensor on the host")  # what ``tolist`` reads of it is unseen
         roots = [self.roots.get(x) for x in given if x.untyped_storage()._cdata == memory]
         root = roots[0] if roots else None
         name = self.know(made, root=root)
@@ -202,6 +204,8 @@ class Tape(TorchDispatchMode):
         for line, makes, read in reversed(self.calls):
             if makes and makes not in reads:
                 continue  # a view whose place alone is read
+            if over := sorted(read - reads):  # read here for the last time
+                lines.append(f"del {', '.join(over)}")
             reads |= read
             if makes in self.placed:
                 lines.append(f"p_{makes} = {makes}.data_ptr()")
@@ -265,6 +269,8 @@ def record(
     makes nothing.
     """
     given = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+    if not launcher.KNOWN:  # Triton launches kernels by itself, and tells nobody
+        return launch(*args), _nothing
     if any(x.data_ptr() % ALIGN for x in given):
         return launch(*args), None
     # Each a tensor of its own: what is given twice now may be two tensors then.

@@ -306,6 +306,14 @@ def test_a_page_holds_every_table_with_its_command(tmp_path, capsys):
     assert "| a/b | - | 1.23x |" in page
 
 
+def test_a_rule_for_another_layer_costs_the_prediction_alone(tmp_path):
+    options = '{"codegen": "eager", "rewrite": "all", "rules": [["attention", "bf16"]]}'
+    arguments = ("--no-peers", "--recipes", "fp8_rowwise", "--options", options)
+    (result,) = run(tmp_path, "ffn", *TINY, *arguments)
+    assert [row["predicted speedup"] for row in result.rows] == [None, None]
+    assert result.rows[1]["speedup"] > 0
+
+
 def test_a_run_that_is_ended_early_has_saved_what_it_measured(tmp_path, monkeypatch):
     compare = layers.compare
 
