@@ -31,7 +31,6 @@ from lpcompile.graph import (
     VIEWS,
     aten,
     fake_mode,
-    hint,
     is_own,
     meta_of,
     peel,
@@ -74,12 +73,11 @@ def _is_read_once(site: Site, of: Mapping[fx.Node, Gemm]) -> bool:
     """Whether the forward narrows X both ways for this wgrad: see the top of this file."""
     fprop = site.forward and of.get(site.forward.node)
     x, _ = peel(site.rhs if site.lhs_is_first else site.lhs)
-    rows, columns, num_groups = hint(site.m), hint(site.k), hint(site.num_groups)
     if fprop is None or fprop.lhs != of[site.node].rhs or fprop.lhs.block != "tensor":
         return False
-    if rows is None or columns is None or num_groups is None or not _is_in_memory(x):
+    if site.m is None or site.k is None or not _is_in_memory(x):
         return False
-    return rows < columns * num_groups
+    return site.m < site.k * site.num_groups
 
 
 def _is_checkpointed(site: Site) -> bool:
