@@ -15,6 +15,7 @@ from lpcompile import cost, gemm_grouped
 from lpcompile.cones import is_pointwise
 from lpcompile.errors import RecipeError, StrictError
 from lpcompile.graph import base, peel, value
+from lpcompile.ops import quantize_fp8_whole
 from lpcompile.options import Options, Rule
 from lpcompile.recipes import BF16, Gemm, Recipe, get_recipe, name_of
 from lpcompile.sites import Site
@@ -137,13 +138,18 @@ def _num_reads(operand: fx.Node, site: Site, recipe: Recipe) -> int | None:
     """How often an operand is read to be quantized, or None where nothing is merged with that.
 
     What is made by pointwise ops is quantized as it is made; dY both ways from as many reads. What
-    the forward narrowed likewise has its amax from there.
+    the forward narrowed likewise has its amax from there. Of small weights of experts L2 has the
+    second read.
     """
     if is_pointwise(base(operand)):
         return 0
     fprop, dgrad, wgrad = recipe.fprop, recipe.dgrad, recipe.wgrad
     if site.product == "fprop":
-        return None
+        is_weight = operand is (site.rhs if site.lhs_is_first else site.lhs)
+        if fprop is None or fprop.rhs.along != "tensor" or not is_weight:
+            return None
+        size = (site.n or 0) * (site.k or 0)
+        return 1 if quantize_fp8_whole.pays(site.num_groups, size) else None
     if operand is (site.lhs if site.lhs_is_first else site.rhs):
         return 1 if dgrad and wgrad else None
     if site.product == "dgrad":

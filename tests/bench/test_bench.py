@@ -20,7 +20,7 @@ from lpcompile.bench import (
 )
 from lpcompile.bench.timing import Timing, interleave
 from lpcompile.errors import OptionError, ShapeError
-from lpcompile.ops import fused_source, groups
+from lpcompile.ops import fused_source, groups, quantize_fp8_whole
 from lpcompile.ops.define import same_bits
 from lpcompile.recipes import RECIPES
 
@@ -263,6 +263,14 @@ def test_a_prediction_is_near_what_was_measured():
     assert layers.predicted(ffn, mxfp8, 23.8) == pytest.approx(0.92, rel=0.1)
     assert layers.predicted(tiny, fp8, 1.0) == 1.0
     assert layers.predicted(ffn, bf16, 26.8) is None
+
+
+def test_weights_that_l2_holds_are_read_once_for_their_maxima(monkeypatch):
+    layer = models.experts_layer(models.EXPERTS["deepseek-v3-16b"], ragged=False)
+    (_, fp8) = variants.choose(["fp8_tensorwise"], {}, max_autotune=False, peers=())
+    before = layers.predicted(layer, fp8, 9.9)
+    monkeypatch.setattr(quantize_fp8_whole, "LARGEST", 0)
+    assert layers.predicted(layer, fp8, 9.9) < 0.98 * before
 
 
 def test_groups_differ_and_fill_the_rows():
