@@ -369,7 +369,7 @@ def elsewhere(x):
 @pytest.mark.gpu
 @pytest.mark.parametrize("module", ops.ALL, ids=short)
 def test_an_op_makes_the_same_bits_from_its_tape(module):
-    for args in module.samples("cuda"):
+    for args in module.samples("cuda")[::3]:  # a kernel each; their bits are the contract's
         module.launch(*args)  # compiles
         _, play = tape.record(module.launch, args, torch.cuda.current_device())
         args = tree_map_only(torch.Tensor, elsewhere, args)
