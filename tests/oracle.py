@@ -1,7 +1,9 @@
 """Small models, and what a compiled one is compared with: every linear through the eager oracle."""
 
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lpcompile
+from lpcompile import pipeline
 from lpcompile.ops.define import per_column
 from lpcompile.recipes import RECIPES
 
@@ -96,6 +99,25 @@ def step(model, x, loss=lambda y: y):
 
 def compiled(model, **options):
     return torch.compile(model, backend="lowprec", options={**EAGER, **options}, fullgraph=True)
+
+
+@contextmanager
+def after_every_pass(without=()):
+    """Collects the graphs that are compiled meanwhile, as the passes leave them, some left out."""
+    seen = []
+    steps = [step for step in pipeline.AFTER_THE_CUT if step[0] not in without]
+    look = ("look", lambda graph: seen.append(graph) or 0)
+    with patch.object(pipeline, "AFTER_THE_CUT", [*steps, look]):
+        yield seen
+
+
+def cut(model, x, without=(), **options):
+    """The forward and the backward of a step after every pass, and what they make."""
+    torch._dynamo.reset()
+    with after_every_pass(without) as seen:
+        made = step(compiled(model, **options), x)
+    forward, backward = seen
+    return forward, backward, made
 
 
 def to_nearest(recipe):

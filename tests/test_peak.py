@@ -5,11 +5,12 @@ import random
 
 import pytest
 import torch
+from oracle import after_every_pass
 from torch import fx
 from torch._functorch import config as functorch_config
 from torch._subclasses import FakeTensorMode
 
-from lpcompile import ops, peak, pipeline
+from lpcompile import ops, peak
 from lpcompile.bench.models import EXPERTS, LLAMAS, built, experts_layer, llama_layer
 from lpcompile.explain import trace
 from lpcompile.graph import aten, call
@@ -28,14 +29,12 @@ BF16 = {
 }
 
 
-def backward_of(monkeypatch, layer, recipe):
+def backward_of(layer, recipe):
     """The backward of a layer, as the passes leave it, of fake tensors."""
-    seen = []
-    look = ("look", lambda graph: seen.append(graph) or 0)
-    monkeypatch.setattr(pipeline, "AFTER_THE_CUT", [*pipeline.AFTER_THE_CUT, look])
     options = parse({"recipe": recipe, "rewrite": "all", "codegen": "eager"})
     meta = torch.device("meta")
-    with functorch_config.patch(force_non_lazy_backward_lowering=True):
+    eagerly = functorch_config.patch(force_non_lazy_backward_lowering=True)
+    with eagerly, after_every_pass() as seen:
         trace(built(layer, meta), layer.inputs(meta), {}, options)
     _, backward = seen
     return backward
@@ -46,9 +45,9 @@ def highest(graph):
 
 
 @pytest.mark.parametrize("name", BF16)
-def test_experts_hold_no_more_than_in_bf16_under_one_scale(monkeypatch, name):
+def test_experts_hold_no_more_than_in_bf16_under_one_scale(name):
     layer = experts_layer(EXPERTS[name], ragged=False)
-    backward = backward_of(monkeypatch, layer, "fp8_tensorwise")
+    backward = backward_of(layer, "fp8_tensorwise")
     assert highest(backward) / GIB < BF16[name] + 0.005
     # Many small experts: X.T comes from the forward, and lies there in 8 bits.
     late = [n for n in backward.nodes if n.target is ops.quantize_fp8_grouped_t.op]
@@ -56,9 +55,9 @@ def test_experts_hold_no_more_than_in_bf16_under_one_scale(monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", BF16)
-def test_experts_hold_no_more_than_in_bf16(monkeypatch, name):
+def test_experts_hold_no_more_than_in_bf16(name):
     layer = experts_layer(EXPERTS[name], ragged=False)
-    backward = backward_of(monkeypatch, layer, "fp8_rowwise")
+    backward = backward_of(layer, "fp8_rowwise")
     assert highest(backward) / GIB < BF16[name] + 0.005
     amaxes = [n.args[2] for n in backward.nodes if n.target is ops.fused_amax.op]
     # h's by themselves only where its wgrad has to come before the gradient of h.
@@ -69,7 +68,7 @@ def test_all_maxima_of_swiglu_are_one_read_for_a_thousandth_of_the_peak(monkeypa
     layer, peaks, results = llama_layer("ffn", LLAMAS["llama3-8b"]), [], []
     for slack in (0, peak.SLACK):
         monkeypatch.setattr(peak, "SLACK", slack)
-        backward = backward_of(monkeypatch, layer, "fp8_rowwise")
+        backward = backward_of(layer, "fp8_rowwise")
         peaks.append(highest(backward))
         programs = [n.args[1] for n in backward.nodes if n.target is ops.fused_amax.op]
         results.append(max(len(pointwise.parse(p).results) for p in programs))

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import bf16, compiled, data, step
+from oracle import bf16, cut, data
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lpcompile import ops, pipeline, placement
+from lpcompile import ops, placement
 from lpcompile.graph import calls, placeholders
 
 # Copies of x, with 128 rows more a group, are smaller than x: min-cut takes what is.
@@ -34,18 +34,6 @@ class Experts(nn.Module):
         return torch._grouped_mm(F.silu(gate) * up, self.w2.mT, offs=offs)
 
 
-def cut(monkeypatch, model, x, recipe="fp8_tensorwise"):
-    """The forward and the backward as they run, and what they make."""
-    torch._dynamo.reset()
-    seen = []
-    with monkeypatch.context() as patch:
-        steps = [*pipeline.AFTER_THE_CUT, ("look", lambda graph: seen.append(graph) or 0)]
-        patch.setattr(pipeline, "AFTER_THE_CUT", steps)
-        made = step(compiled(model, recipe=recipe), x)
-    forward, backward = seen
-    return forward, backward, made
-
-
 def both_ways(graph):
     """What one call narrows along rows and for wgrad."""
     casts = calls(graph, {ops.fused_cast.op})
@@ -61,8 +49,8 @@ FEW, MANY = E * DIM - 16, E * DIM
 
 
 @pytest.mark.parametrize("rows", [FEW, MANY])
-def test_x_is_narrowed_both_ways_where_weights_gradients_are_larger_than_dy(monkeypatch, rows):
-    forward, backward, _ = cut(monkeypatch, bf16(Experts()), data(rows, DIM))
+def test_x_is_narrowed_both_ways_where_weights_gradients_are_larger_than_dy(rows):
+    forward, backward, _ = cut(bf16(Experts()), data(rows, DIM), recipe="fp8_tensorwise")
     assert both_ways(forward) == (x_in(forward, rows) if rows == FEW else [])
     # x itself is not saved then: dY alone is left of its shape.
     assert len(x_in(backward, rows)) == (1 if rows == FEW else 2)
@@ -80,15 +68,15 @@ def test_x_is_narrowed_both_ways_where_weights_gradients_are_larger_than_dy(monk
     ],
     ids=["x is made", "row scales", "checkpointed"],
 )
-def test_elsewhere_x_is_narrowed_for_wgrad_in_the_backward(monkeypatch, model, recipe):
-    forward, _, _ = cut(monkeypatch, bf16(model()), data(FEW, DIM), recipe)
+def test_elsewhere_x_is_narrowed_for_wgrad_in_the_backward(model, recipe):
+    forward, _, _ = cut(bf16(model()), data(FEW, DIM), recipe=recipe)
     assert both_ways(forward) == []
 
 
 def test_where_x_is_narrowed_changes_no_bit(monkeypatch):
     model, x = bf16(Experts()), data(FEW, DIM)
-    *_, made = cut(monkeypatch, model, x)
+    *_, made = cut(model, x, recipe="fp8_tensorwise")
     monkeypatch.setattr(placement, "_is_read_once", lambda site, of: False)
-    forward, _, expected = cut(monkeypatch, model, x)
+    forward, _, expected = cut(model, x, recipe="fp8_tensorwise")
     assert both_ways(forward) == []
     assert [name for name in made if not torch.equal(made[name], expected[name])] == []

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import DEVICES, bf16, data
+from oracle import DEVICES, after_every_pass, bf16, data
 from torch import nn
 
-from lpcompile import ops, pipeline
+from lpcompile import ops
 from lpcompile.graph import aten, calls
 from lpcompile.pipeline import observe
 from lpcompile.recipes import RECIPES
@@ -31,17 +31,13 @@ def ends(device="cpu"):
     return torch.tensor([20, 20, T], dtype=torch.int32, device=device)
 
 
-def run(monkeypatch, model, *xs, folds=True, codegen="eager", recipe="fp8_rowwise"):
+def run(model, *xs, folds=True, codegen="eager", recipe="fp8_rowwise"):
     """Outputs, gradients, how many sums were folded, and the graphs after the last pass."""
     torch._dynamo.reset()
     torch.manual_seed(3)
     model.zero_grad()
-    graphs = []
-    steps = [s for s in pipeline.AFTER_THE_CUT if folds or s[0] != "addend"]
     options = {"recipe": recipe, "rewrite": "all", "codegen": codegen, "verify": True}
-    with monkeypatch.context() as patch, observe() as compiles:
-        look = ("look", lambda graph: graphs.append(graph) or 0)
-        patch.setattr(pipeline, "AFTER_THE_CUT", [*steps, look])
+    with observe() as compiles, after_every_pass(() if folds else ["addend"]) as graphs:
         xs = [x.detach().requires_grad_() for x in xs]
         y = torch.compile(model, backend="lowprec", options=options)(*xs, ends(xs[0].device))
         y.backward(torch.randn(y.shape).to(y))
@@ -55,25 +51,25 @@ def same(made, expected):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recipe", NARROW)
-def test_the_gradient_of_x_is_summed_in_the_second_gemm(monkeypatch, recipe, device):
+def test_the_gradient_of_x_is_summed_in_the_second_gemm(recipe, device):
     model, x = bf16(SwiGLU(), device), data(T, DIM, device=device)
-    made, count, (_, backward) = run(monkeypatch, model, x, recipe=recipe)
+    made, count, (_, backward) = run(model, x, recipe=recipe)
     assert count == 1
     assert not any(n.meta["val"].shape == x.shape for n in calls(backward, [aten.add.Tensor]))
     # The second is the first emulated, where a GPU has no other.
     products = ops.scaled_grouped_mm.op, ops.wide_grouped_mm.op
     (product,) = (n for n in calls(backward, products) if n.kwargs)
     assert product.kwargs["addend"].target is product.target
-    expected, count, _ = run(monkeypatch, model, x, recipe=recipe, folds=False)
+    expected, count, _ = run(model, x, recipe=recipe, folds=False)
     assert count == 0
     assert same(made, expected)
 
 
 @pytest.mark.gpu
-def test_inductor_sums_to_the_same_bits(monkeypatch):
+def test_inductor_sums_to_the_same_bits():
     model, x = bf16(SwiGLU(), "cuda"), data(T, DIM, device="cuda")
-    made, count, _ = run(monkeypatch, model, x, codegen="inductor")
-    expected, _, _ = run(monkeypatch, model, x, codegen="inductor", folds=False)
+    made, count, _ = run(model, x, codegen="inductor")
+    expected, _, _ = run(model, x, codegen="inductor", folds=False)
     assert count == 1
     assert same(made, expected)
 
@@ -109,12 +105,12 @@ SUMS = {
 
 
 @pytest.mark.parametrize("name", SUMS)
-def test_a_sum_is_made_in_a_gemm_or_stays(monkeypatch, name):
+def test_a_sum_is_made_in_a_gemm_or_stays(name):
     spelled, folded = SUMS[name]
     model, x, other = bf16(Sum(spelled)), data(T, DIM), data(T, DIM)
-    made, _, (forward, _) = run(monkeypatch, model, x, other)
+    made, _, (forward, _) = run(model, x, other)
     assert sum("addend" in n.kwargs for n in calls(forward, [ops.scaled_grouped_mm.op])) == folded
-    expected, *_ = run(monkeypatch, model, x, other, folds=False)
+    expected, *_ = run(model, x, other, folds=False)
     assert same(made, expected)
 
 
@@ -123,7 +119,7 @@ class OfRelu(Sum):
         return super().forward(x, other.relu(), offs)
 
 
-def test_what_a_pointwise_op_made_before_the_product_stays_with_the_sum(monkeypatch):
+def test_what_a_pointwise_op_made_before_the_product_stays_with_the_sum():
     model = bf16(OfRelu(SUMS["a tensor that is there"][0]))
-    _, _, (forward, _) = run(monkeypatch, model, data(T, DIM), data(T, DIM))
+    _, _, (forward, _) = run(model, data(T, DIM), data(T, DIM))
     assert not any("addend" in n.kwargs for n in calls(forward, [ops.scaled_grouped_mm.op]))

@@ -2,14 +2,15 @@
 
 from collections import Counter
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import EAGER, FFN, bf16, compiled, data, step
+from oracle import EAGER, FFN, after_every_pass, bf16, data
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lpcompile import Rule, ops, pipeline, placement
+from lpcompile import Rule, ops, placement
 from lpcompile.graph import calls, is_own
 from lpcompile.ops.define import same_bits
 
@@ -46,16 +47,10 @@ class Activated(nn.Module):
 
 def cut(monkeypatch, model, x, kept=True, **options):
     """The forward and the backward as they run, and what they make."""
-    torch._dynamo.reset()
-    seen = []
     with monkeypatch.context() as patch:
         if not kept:
             patch.setattr(placement, "_take_in_forward", lambda amax: None)
-        steps = [*pipeline.AFTER_THE_CUT, ("look", lambda graph: seen.append(graph) or 0)]
-        patch.setattr(pipeline, "AFTER_THE_CUT", steps)
-        made = step(compiled(model, **options), x)
-    forward, backward = seen
-    return forward, backward, made
+        return oracle.cut(model, x, **options)
 
 
 def count(graph):
@@ -163,12 +158,9 @@ def shape(node):
     return tuple(node.meta["val"].shape)
 
 
-def test_without_a_backward_no_maxima_are_taken(monkeypatch):
+def test_without_a_backward_no_maxima_are_taken():
     torch._dynamo.reset()
-    seen = []
-    steps = [*pipeline.AFTER_THE_CUT, ("look", lambda graph: seen.append(graph) or 0)]
-    monkeypatch.setattr(pipeline, "AFTER_THE_CUT", steps)
-    with torch.no_grad():
+    with torch.no_grad(), after_every_pass() as seen:
         torch.compile(bf16(FFN()), backend="lowprec", options=EAGER)(data(48, DIM, grad=False))
     assert not any(with_maxima(graph) or AMAXES & set(count(graph)) for graph in seen)
 

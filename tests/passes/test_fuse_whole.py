@@ -2,30 +2,22 @@
 
 import pytest
 import torch
-from oracle import FFN, bf16, compiled, data, step
+from oracle import FFN, bf16, cut, data
 
-from lpcompile import ops, pipeline
+from lpcompile import ops
 from lpcompile.graph import calls, placeholders
 
 DIM, HIDDEN = 64, 128
 
 
-def cut(monkeypatch, recipe, merged=True):
-    """The forward and the backward of an FFN after every pass, and what they made."""
+def ffn(recipe, without=()):
+    """The forward and the backward of an FFN, and what they made."""
     torch.manual_seed(0)
-    torch._dynamo.reset()
-    seen = []
-    steps = [s for s in pipeline.AFTER_THE_CUT if merged or s[0] != "fuse_whole"]
-    with monkeypatch.context() as patch:
-        look = ("look", lambda graph: seen.append(graph) or 0)
-        patch.setattr(pipeline, "AFTER_THE_CUT", [*steps, look])
-        made = step(compiled(bf16(FFN(DIM, HIDDEN)), recipe=recipe), data(48, DIM))
-    forward, backward = seen
-    return forward, backward, made
+    return cut(bf16(FFN(DIM, HIDDEN)), data(48, DIM), without, recipe=recipe)
 
 
-def test_a_weight_is_narrowed_and_its_maximum_taken_by_one_op(monkeypatch):
-    forward, backward, _ = cut(monkeypatch, "fp8_tensorwise")
+def test_a_weight_is_narrowed_and_its_maximum_taken_by_one_op():
+    forward, backward, _ = ffn("fp8_tensorwise")
     weights = {n for n in placeholders(forward) if n.meta["val"].numel() == DIM * HIDDEN}
     assert {n.args[0] for n in calls(forward, {ops.quantize_fp8_whole.op})} == weights
     assert len(weights) == 3
@@ -35,14 +27,14 @@ def test_a_weight_is_narrowed_and_its_maximum_taken_by_one_op(monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", ["fp8_rowwise", "nvfp4"])
-def test_an_amax_that_no_such_quantize_reads_stays(monkeypatch, recipe):
-    forward, backward, _ = cut(monkeypatch, recipe)
+def test_an_amax_that_no_such_quantize_reads_stays(recipe):
+    forward, backward, _ = ffn(recipe)
     assert calls(forward, {ops.quantize_fp8_whole.op}) == []
     assert calls(backward, {ops.quantize_fp8_whole.op}) == []
 
 
-def test_one_op_changes_no_bit(monkeypatch):
-    *_, made = cut(monkeypatch, "fp8_tensorwise")
-    forward, _, expected = cut(monkeypatch, "fp8_tensorwise", merged=False)
+def test_one_op_changes_no_bit():
+    *_, made = ffn("fp8_tensorwise")
+    forward, _, expected = ffn("fp8_tensorwise", without=["fuse_whole"])
     assert len(calls(forward, {ops.amax_tensor.op})) == 3
     assert [name for name in made if not torch.equal(made[name], expected[name])] == []

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import bf16, compiled, data, step
+from oracle import after_every_pass, bf16, compiled, data, step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lpcompile import ops, pipeline
+from lpcompile import ops
 from lpcompile.graph import is_own
 from lpcompile.ops.define import same_bits
 from lpcompile.passes import pair_amax
@@ -42,12 +42,9 @@ class Experts(nn.Module):
 def cut(monkeypatch, model, x, paired=True, recipe="nvfp4"):
     """What the forward and the backward take of maxima, and what they make."""
     torch._dynamo.reset()
-    seen = []
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, after_every_pass() as seen:
         if not paired:
             patch.setattr(pair_amax, "run", lambda graph: 0)
-        steps = [*pipeline.AFTER_THE_CUT, ("look", lambda graph: seen.append(graph) or 0)]
-        patch.setattr(pipeline, "AFTER_THE_CUT", steps)
         made = step(compiled(model, recipe=recipe), x, lambda y: y.float())
     made["x"] = made["x"][: OFFS[-1]]  # what lies behind is whatever was there
     counts = [Counter(n.target for n in graph.nodes if is_own(n)) for graph in seen]

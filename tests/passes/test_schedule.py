@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from oracle import EAGER, FFN, bf16, compiled, data, step
+from oracle import EAGER, FFN, bf16, cut, data, step
 from torch import nn
 
 import lpcompile.peak
-from lpcompile import ops, pipeline
+from lpcompile import ops
 from lpcompile.graph import base, calls, num_bytes, placeholders
 from lpcompile.ops.define import PRODUCTS
 from lpcompile.passes import schedule
@@ -28,19 +28,6 @@ class Block(nn.Module):
         return self.ffn(x + self.first(x))
 
 
-def graphs(monkeypatch, model, x, recipe, scheduled=True):
-    """The forward and the backward after every pass, and what they made."""
-    torch._dynamo.reset()
-    seen = []
-    steps = [s for s in pipeline.AFTER_THE_CUT if scheduled or s[0] != "schedule"]
-    with monkeypatch.context() as patch:
-        look = ("look", lambda graph: seen.append(graph) or 0)
-        patch.setattr(pipeline, "AFTER_THE_CUT", [*steps, look])
-        made = step(compiled(model, recipe=recipe), x)
-    forward, backward = seen
-    return forward, backward, made
-
-
 def peak(graph):
     return max(Memory(graph).lives(list(graph.nodes)))
 
@@ -55,13 +42,13 @@ def hidden_casts(graph, hidden=HIDDEN):
 
 
 @pytest.mark.parametrize("recipe", ["fp8_rowwise", "fp8_blockwise"])
-def test_tensors_are_cast_one_by_one_where_their_copies_would_make_the_peak(monkeypatch, recipe):
+def test_tensors_are_cast_one_by_one_where_their_copies_would_make_the_peak(recipe):
     """All five copies of SwiGLU's backward beside its inputs took more memory than bf16 does."""
     hidden = 8 * DIM
     model, x = bf16(FFN(DIM, hidden)), data(1024, DIM)
-    _, backward, _ = graphs(monkeypatch, model, x, recipe)
+    _, backward, _ = cut(model, x, recipe=recipe)
     assert sorted(copies for _, copies in hidden_casts(backward, hidden)) == [1, 2, 2]
-    _, unordered, _ = graphs(monkeypatch, model, x, recipe, scheduled=False)
+    _, unordered, _ = cut(model, x, ["schedule"], recipe=recipe)
     assert peak(backward) < peak(unordered)
 
 
@@ -97,9 +84,9 @@ SWIGLU = {
 @pytest.mark.parametrize("name", SWIGLU)
 def test_under_one_scale_what_is_cast_along_rows_is_transposed_when_it_is_needed(monkeypatch, name):
     model, x = bf16(SWIGLU[name]()), data(1024, DIM)
-    _, backward, made = graphs(monkeypatch, model, x, "fp8_tensorwise")
+    _, backward, made = cut(model, x, recipe="fp8_tensorwise")
     monkeypatch.setattr(schedule, "_split", lambda graph, cast: None)
-    _, both, expected = graphs(monkeypatch, model, x, "fp8_tensorwise")
+    _, both, expected = cut(model, x, recipe="fp8_tensorwise")
     assert len(calls(backward, {ops.transpose_fp8.op})) > 0
     assert calls(both, {ops.transpose_fp8.op}) == []
     assert reads(backward) < reads(both)
@@ -110,7 +97,7 @@ def test_under_one_scale_what_is_cast_along_rows_is_transposed_when_it_is_needed
 def test_what_is_too_much_to_search_is_cast_as_it_was(monkeypatch):
     model, x = bf16(FFN(DIM, 8 * DIM)), data(1024, DIM)
     monkeypatch.setattr(lpcompile.peak, "MOST_CALLS", 0)
-    _, backward, _ = graphs(monkeypatch, model, x, "fp8_tensorwise")
+    _, backward, _ = cut(model, x, recipe="fp8_tensorwise")
     assert calls(backward, {ops.transpose_fp8.op}) == []
     assert sorted(copies for _, copies in hidden_casts(backward, 8 * DIM)) == [1, 2, 2]
 
@@ -118,18 +105,18 @@ def test_what_is_too_much_to_search_is_cast_as_it_was(monkeypatch):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_they_are_cast_at_once_where_the_weights_make_the_peak(monkeypatch, recipe):
     model, x = bf16(FFN(DIM, HIDDEN)), data(16, DIM)
-    _, backward, _ = graphs(monkeypatch, model, x, recipe)
+    _, backward, _ = cut(model, x, recipe=recipe)
     assert [copies for _, copies in hidden_casts(backward)] == [5]
     monkeypatch.setattr(schedule, "_joins", lambda casts, turned: [])
-    _, split, _ = graphs(monkeypatch, model, x, recipe)
+    _, split, _ = cut(model, x, recipe=recipe)
     assert sorted(copies for _, copies in hidden_casts(split)) == [1, 2, 2]
     assert peak(backward) == peak(split)
 
 
-def test_an_input_dies_with_the_tensor_that_is_cast_next(monkeypatch):
+def test_an_input_dies_with_the_tensor_that_is_cast_next():
     """h and the gradient of gate need up, the gradient of up does not."""
     hidden = 8 * DIM
-    _, backward, _ = graphs(monkeypatch, bf16(FFN(DIM, hidden)), data(1024, DIM), "fp8_rowwise")
+    _, backward, _ = cut(bf16(FFN(DIM, hidden)), data(1024, DIM), recipe="fp8_rowwise")
     (h, one), (gate, two), (up, too) = hidden_casts(backward, hidden)
     assert (one, two, too) == (1, 2, 2)
     assert h < gate
@@ -142,9 +129,9 @@ def weights(graph):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_weight_is_quantized_right_before_its_gemm(monkeypatch, recipe):
+def test_a_weight_is_quantized_right_before_its_gemm(recipe):
     model, x = bf16(Block()), data(512, DIM)
-    for graph in graphs(monkeypatch, model, x, recipe)[:2]:
+    for graph in cut(model, x, recipe=recipe)[:2]:
         copies = [n for n in calls(graph, NARROW) if n.all_input_nodes[0] in weights(graph)]
         assert len(copies) == 4
         for copy in copies:
@@ -154,10 +141,10 @@ def test_a_weight_is_quantized_right_before_its_gemm(monkeypatch, recipe):
             assert after in {user for pair in copy.users for user in pair.users}
 
 
-def test_the_amax_of_a_weight_is_taken_once(monkeypatch):
+def test_the_amax_of_a_weight_is_taken_once():
     """In the forward, which saves it: one number."""
     model, x = bf16(Block()), data(512, DIM)
-    forward, backward, _ = graphs(monkeypatch, model, x, "fp8_tensorwise")
+    forward, backward, _ = cut(model, x, recipe="fp8_tensorwise")
     taken = [
         {n.args[0] for n in calls(graph, TAKING)} & set(weights(graph))
         for graph in (forward, backward)
@@ -178,9 +165,9 @@ NARROW = {
 }
 
 
-def test_x_is_narrowed_for_wgrad_from_what_is_held_anyway(monkeypatch):
+def test_x_is_narrowed_for_wgrad_from_what_is_held_anyway():
     """Nobody else has the residual sum x + first(x) in memory."""
-    _, backward, _ = graphs(monkeypatch, bf16(Block()), data(512, DIM), "fp8_rowwise")
+    _, backward, _ = cut(bf16(Block()), data(512, DIM), recipe="fp8_rowwise")
     casts = [n for n in backward.nodes if n.target is ops.fused_cast.op]
     of_norm = [n for n in casts if "rsqrt" in "".join(base(i).name for i in n.args[0])]
     (norm,) = of_norm
@@ -189,10 +176,10 @@ def test_x_is_narrowed_for_wgrad_from_what_is_held_anyway(monkeypatch):
 
 @pytest.mark.parametrize("rows", [16, 512])
 @pytest.mark.parametrize("recipe", [*RECIPES, "mxfp8", "nvfp4"])
-def test_order_changes_no_bit(monkeypatch, recipe, rows):
+def test_order_changes_no_bit(recipe, rows):
     model, x = bf16(Block()), data(rows, DIM)
-    *_, made = graphs(monkeypatch, model, x, recipe)
-    *_, expected = graphs(monkeypatch, model, x, recipe, scheduled=False)
+    *_, made = cut(model, x, recipe=recipe)
+    *_, expected = cut(model, x, ["schedule"], recipe=recipe)
     assert made.keys() == expected.keys()
     assert [name for name in made if not torch.equal(made[name], expected[name])] == []
 
