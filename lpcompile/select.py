@@ -144,13 +144,13 @@ def _num_reads(operand: fx.Node, site: Site, recipe: Recipe) -> int | None:
     if is_pointwise(base(operand)):
         return 0
     fprop, dgrad, wgrad = recipe.fprop, recipe.dgrad, recipe.wgrad
+    is_first = operand is (site.lhs if site.lhs_is_first else site.rhs)  # X, or dY
     if site.product == "fprop":
-        is_weight = operand is (site.rhs if site.lhs_is_first else site.lhs)
-        if fprop is None or fprop.rhs.along != "tensor" or not is_weight:
+        if is_first or fprop is None or fprop.rhs.along != "tensor":
             return None
         size = (site.n or 0) * (site.k or 0)
         return 1 if quantize_fp8_whole.pays(site.num_groups, size) else None
-    if operand is (site.lhs if site.lhs_is_first else site.rhs):
+    if is_first:
         return 1 if dgrad and wgrad else None
     if site.product == "dgrad":
         return 1 if fprop and dgrad and fprop.rhs == dgrad.rhs else None
