@@ -104,14 +104,8 @@ def pair(low, high, PAIRS: tl.constexpr):
     """Two fp32 tiles -> an int32 of both in bf16, with the one NaN that torch writes."""
     if PAIRS:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 both, nan;
-            cvt.rn.bf16x2.f32 both, $2, $1;
-            mov.b32 nan, 0x7FC07FC0;
-            min.s16x2 $0, both, nan;
-            }""",
-            "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
+            turned.TO_BF16, "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+        )
     a, b = turned.bits(low, False), turned.bits(high, False)
     return (a.to(tl.int32) & 0xFFFF) | (b.to(tl.int32) << 16)
 

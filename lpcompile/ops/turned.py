@@ -12,6 +12,15 @@ cross warps: 35 instructions an element of MXFP8 against 8, 68 of NVFP4 against 
 import triton
 import triton.language as tl
 
+# Two fp32 numbers in a register of bf16, with the one NaN that torch writes: no number is above
+# 0x7FC0 as a signed integer, and the conversion makes NaN 0x7FFF.
+TO_BF16 = tl.constexpr("""{
+    .reg .b32 both, nan;
+    cvt.rn.bf16x2.f32 both, $2, $1;
+    mov.b32 nan, 0x7FC07FC0;
+    min.s16x2 $0, both, nan;
+    }""")
+
 
 @triton.jit
 def joined(v, HALF: tl.constexpr):
@@ -63,16 +72,9 @@ def bits(x, PAIRS: tl.constexpr):
     PAIRS: the device compares 16-bit integers two at a time.
     """
     if PAIRS:
-        # No number is above 0x7FC0 as a signed integer, and the conversion makes NaN 0x7FFF.
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 both, nan;
-            cvt.rn.bf16x2.f32 both, $2, $1;
-            mov.b32 nan, 0x7FC07FC0;
-            min.s16x2 $0, both, nan;
-            }""",
-            "=r,r,r", [x], dtype=tl.int16, is_pure=True, pack=2,
-        )  # fmt: skip
+            TO_BF16, "=r,r,r", [x], dtype=tl.int16, is_pure=True, pack=2
+        )
     return tl.where(x == x, x.to(tl.bfloat16).to(tl.int16, bitcast=True), 0x7FC0)
 
 
